@@ -1,0 +1,11 @@
+// AVX-512 F, BW, VL, DQ.
+#include "kernels/avx512.hpp"
+
+namespace pissa {
+
+const Kernels kAvx512 = {"avx512",   make_tile<Float16, 8, 3>(), make_tile<Double8, 8, 3>(),
+                         nullptr,    widen,
+                         pack_pairs, subtract,
+                         max_magnitude};
+
+}  // namespace pissa

@@ -1,0 +1,104 @@
+// What the two AVX-512 tables share. Internal linkage: see tiles.hpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/tiles.hpp"
+
+namespace pissa {
+namespace {
+
+struct Float16 {
+  using Element = float;
+  using Sum = float;
+  using Register = __m512;
+  using Operand = __m512;
+  static constexpr std::size_t kDepth = 1;
+  static constexpr std::size_t kWidth = 16;
+  static Register load_sum(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_sum(float* p, Register r) { _mm512_storeu_ps(p, r); }
+  static Operand load(const float* p) { return _mm512_loadu_ps(p); }
+  static Operand broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Register multiply_add(Operand a, Operand b, Register c) { return _mm512_fmadd_ps(a, b, c); }
+};
+
+struct Double8 {
+  using Element = double;
+  using Sum = double;
+  using Register = __m512d;
+  using Operand = __m512d;
+  static constexpr std::size_t kDepth = 1;
+  static constexpr std::size_t kWidth = 8;
+  static Register load_sum(const double* p) { return _mm512_loadu_pd(p); }
+  static void store_sum(double* p, Register r) { _mm512_storeu_pd(p, r); }
+  static Operand load(const double* p) { return _mm512_loadu_pd(p); }
+  static Operand broadcast(const double* p) { return _mm512_set1_pd(*p); }
+  static Register multiply_add(Operand a, Operand b, Register c) { return _mm512_fmadd_pd(a, b, c); }
+};
+
+inline __mmask16 first_lanes(std::size_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u);
+}
+
+inline __m512 load_half(const std::uint16_t* p, DType dtype, __mmask16 lanes) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(lanes, p);
+  if (dtype == DType::f16) return _mm512_cvtph_ps(bits);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline __m256i round_half(__m512 value, DType dtype) {
+  if (dtype == DType::f16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // Integer rounding instead of VCVTNEPS2BF16, which flushes denormals.
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet_nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet_nan), 16));
+}
+
+void widen(const void* src, DType dtype, float* dst, std::size_t count) {
+  if (dtype == DType::f32) {
+    std::memcpy(dst, src, count * sizeof(float));
+    return;
+  }
+  const auto* bits = static_cast<const std::uint16_t*>(src);
+  for (std::size_t i = 0; i < count; i += 16) {
+    const __mmask16 lanes = first_lanes(count - i);
+    _mm512_mask_storeu_ps(dst + i, lanes, load_half(bits + i, dtype, lanes));
+  }
+}
+
+void subtract_half(std::uint16_t* w, DType dtype, const float* product, std::size_t count, float scale,
+                   TileNorms& norms) {
+  __m512 weight = _mm512_setzero_ps();
+  __m512 error = _mm512_setzero_ps();
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (std::size_t j = 0; j < count; j += 16) {
+    const __mmask16 lanes = first_lanes(count - j);
+    const __m512 before = load_half(w + j, dtype, lanes);
+    const __m512 exact = _mm512_sub_ps(before, _mm512_maskz_loadu_ps(lanes, product + j));
+    const __m256i stored = round_half(exact, dtype);
+    _mm256_mask_storeu_epi16(w + j, lanes, stored);
+    const __m512 after = dtype == DType::f16
+                             ? _mm512_cvtph_ps(stored)
+                             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(stored), 16));
+    const __m512 scaled = _mm512_mul_ps(before, factor);
+    const __m512 rounding = _mm512_mul_ps(_mm512_sub_ps(after, exact), factor);
+    weight = _mm512_fmadd_ps(scaled, scaled, weight);
+    error = _mm512_fmadd_ps(rounding, rounding, error);
+  }
+  norms.weight += static_cast<double>(_mm512_reduce_add_ps(weight));
+  norms.error += static_cast<double>(_mm512_reduce_add_ps(error));
+}
+
+void subtract(void* w, DType dtype, const void* product, std::size_t count, float scale, TileNorms& norms) {
+  if (dtype == DType::f32) {
+    subtract_as<ConvertF32>(static_cast<float*>(w), static_cast<const double*>(product), count, scale, norms);
+  } else {
+    subtract_half(static_cast<std::uint16_t*>(w), dtype, static_cast<const float*>(product), count, scale, norms);
+  }
+}
+
+}  // namespace
+}  // namespace pissa

@@ -1,0 +1,66 @@
+// Any CPU: plain C++ that the compiler turns into whatever vectors the baseline has.
+#include "kernels/tiles.hpp"
+
+namespace pissa {
+namespace {
+
+template <class T>
+struct Plain {
+  using Element = T;
+  using Sum = T;
+  static constexpr std::size_t kDepth = 1;
+  static constexpr std::size_t kWidth = 8;
+  struct Register {
+    T lane[kWidth];
+  };
+  using Operand = Register;
+  static Register load_sum(const T* p) {
+    Register r;
+    std::memcpy(r.lane, p, sizeof r.lane);
+    return r;
+  }
+  static void store_sum(T* p, const Register& r) { std::memcpy(p, r.lane, sizeof r.lane); }
+  static Register load(const T* p) { return load_sum(p); }
+  static Register broadcast(const T* p) {
+    Register r;
+    for (T& lane : r.lane) lane = *p;
+    return r;
+  }
+  static Register multiply_add(const Register& a, const Register& b, const Register& c) {
+    Register r;
+    for (std::size_t i = 0; i < kWidth; ++i) r.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+    return r;
+  }
+};
+
+struct ConvertF16 {
+  using Bits = std::uint16_t;
+  static float widen(Bits bits) { return f16_to_float(bits); }
+  static Bits round(float value) { return float_to_f16(value); }
+};
+
+void widen(const void* src, DType dtype, float* dst, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) dst[i] = widen_one(src, dtype, i);
+}
+
+void subtract(void* w, DType dtype, const void* product, std::size_t count, float scale, TileNorms& norms) {
+  switch (dtype) {
+    case DType::f32:
+      return subtract_as<ConvertF32>(static_cast<float*>(w), static_cast<const double*>(product), count, scale, norms);
+    case DType::f16:
+      return subtract_as<ConvertF16>(static_cast<std::uint16_t*>(w), static_cast<const float*>(product), count, scale,
+                                     norms);
+    case DType::bf16:
+      return subtract_as<ConvertBf16>(static_cast<std::uint16_t*>(w), static_cast<const float*>(product), count,
+                                      scale, norms);
+  }
+}
+
+}  // namespace
+
+const Kernels kPortable = {"portable", make_tile<Plain<float>, 2, 2>(), make_tile<Plain<double>, 2, 2>(),
+                           nullptr,    widen,
+                           pack_pairs, subtract,
+                           max_magnitude};
+
+}  // namespace pissa

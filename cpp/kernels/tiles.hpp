@@ -1,0 +1,157 @@
+// The kernels, written once over a small set of vector operations that each instruction set defines.
+//
+// Included by one translation unit per instruction set, each compiled for its own: everything here has internal
+// linkage, so that the linker can never merge a function compiled for one CPU with that of another.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/kernels.hpp"
+#include "kernels/scalar.hpp"
+
+namespace pissa {
+namespace {
+
+template <class Op, std::size_t Rows, std::size_t Vectors>
+void accumulate_tile(const typename Op::Element* a, std::size_t a_row, std::size_t a_step,
+                     const typename Op::Element* b, std::size_t steps, typename Op::Sum* c, std::size_t c_row) {
+  typename Op::Register sum[Rows][Vectors];
+  for (std::size_t i = 0; i < Rows; ++i) {
+    for (std::size_t v = 0; v < Vectors; ++v) sum[i][v] = Op::load_sum(c + i * c_row + v * Op::kWidth);
+  }
+  for (std::size_t s = 0; s < steps; ++s) {
+    typename Op::Operand column[Vectors];
+    for (std::size_t v = 0; v < Vectors; ++v) column[v] = Op::load(b + (v * Op::kWidth) * Op::kDepth);
+    for (std::size_t i = 0; i < Rows; ++i) {
+      const typename Op::Operand row = Op::broadcast(a + i * a_row);
+      for (std::size_t v = 0; v < Vectors; ++v) sum[i][v] = Op::multiply_add(row, column[v], sum[i][v]);
+    }
+    a += a_step;
+    b += Vectors * Op::kWidth * Op::kDepth;
+  }
+  for (std::size_t i = 0; i < Rows; ++i) {
+    for (std::size_t v = 0; v < Vectors; ++v) Op::store_sum(c + i * c_row + v * Op::kWidth, sum[i][v]);
+  }
+}
+
+template <class Op, std::size_t Rows, std::size_t Vectors>
+void accumulate_rows(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
+                     std::size_t c_row, std::size_t rows) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows) {
+      accumulate_tile<Op, Rows, Vectors>(static_cast<const typename Op::Element*>(a), a_row, a_step,
+                                         static_cast<const typename Op::Element*>(b), steps,
+                                         static_cast<typename Op::Sum*>(c), c_row);
+    } else {
+      accumulate_rows<Op, Rows - 1, Vectors>(a, a_row, a_step, b, steps, c, c_row, rows);
+    }
+  }
+}
+
+template <class Op, std::size_t Rows, std::size_t Vectors>
+void accumulate(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
+                std::size_t c_row, std::size_t rows, std::size_t vectors) {
+  if constexpr (Vectors > 0) {
+    if (vectors == Vectors) {
+      accumulate_rows<Op, Rows, Vectors>(a, a_row, a_step, b, steps, c, c_row, rows);
+    } else {
+      accumulate<Op, Rows, Vectors - 1>(a, a_row, a_step, b, steps, c, c_row, rows, vectors);
+    }
+  }
+}
+
+template <class Op, std::size_t Rows, std::size_t Vectors>
+constexpr Tile make_tile() {
+  return {Op::kDepth, Op::kWidth, Rows, Vectors, accumulate<Op, Rows, Vectors>};
+}
+
+// The rest is written for one value and left to the compiler, which has the instruction set's vectors.
+
+inline float widen_one(const void* src, DType dtype, std::size_t i) {
+  if (dtype == DType::f32) return static_cast<const float*>(src)[i];
+  const std::uint16_t bits = static_cast<const std::uint16_t*>(src)[i];
+  return dtype == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
+}
+
+void pack_pairs(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns,
+                std::size_t width, std::uint16_t* dst) {
+  for (std::size_t i = 0; i < rows; i += 2) {
+    const std::uint16_t* even = src + i * stride;
+    const std::uint16_t* odd = even + stride;
+    auto* out = reinterpret_cast<std::uint32_t*>(dst) + (i / 2) * width;
+    if (i + 1 < rows) {
+      for (std::size_t j = 0; j < columns; ++j) out[j] = even[j] | (static_cast<std::uint32_t>(odd[j]) << 16);
+    } else {
+      for (std::size_t j = 0; j < columns; ++j) out[j] = even[j];
+    }
+    for (std::size_t j = columns; j < width; ++j) out[j] = 0;
+  }
+}
+
+// One row piece of the residual. `Convert` turns stored bits into float and back.
+template <class Convert, class Product>
+void subtract_as(typename Convert::Bits* w, const Product* product, std::size_t count, float scale,
+                 TileNorms& norms) {
+  constexpr std::size_t kLanes = 16;  // independent sums, so that the loop has no serial dependence
+  Product weight[kLanes] = {};
+  Product error[kLanes] = {};
+  const std::size_t whole = count - count % kLanes;
+  const auto one = [&](std::size_t j, std::size_t lane) {
+    const Product before = static_cast<Product>(Convert::widen(w[j]));
+    const Product exact = before - product[j];
+    w[j] = Convert::round(static_cast<float>(exact));
+    const Product scaled = before * static_cast<Product>(scale);
+    const Product rounding = (static_cast<Product>(Convert::widen(w[j])) - exact) * static_cast<Product>(scale);
+    weight[lane] += scaled * scaled;
+    error[lane] += rounding * rounding;
+  };
+  for (std::size_t j = 0; j < whole; j += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) one(j + lane, lane);
+  }
+  for (std::size_t j = whole; j < count; ++j) one(j, j - whole);
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    norms.weight += static_cast<double>(weight[lane]);
+    norms.error += static_cast<double>(error[lane]);
+  }
+}
+
+struct ConvertBf16 {
+  using Bits = std::uint16_t;
+  static float widen(Bits bits) { return bf16_to_float(bits); }
+  static Bits round(float value) { return float_to_bf16(value); }
+};
+
+struct ConvertF32 {
+  using Bits = float;
+  static float widen(Bits value) { return value; }
+  static Bits round(float value) { return value; }
+};
+
+float max_magnitude(const void* src, DType dtype, std::size_t count) {
+  // On the bit patterns: magnitudes order like their bits, and NaN and infinity come out on top.
+  if (dtype == DType::f32) {
+    std::uint32_t top = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      std::uint32_t bits;
+      std::memcpy(&bits, static_cast<const float*>(src) + i, 4);
+      bits &= 0x7fffffffu;
+      top = bits > top ? bits : top;
+    }
+    float value;
+    std::memcpy(&value, &top, 4);
+    return top >= 0x7f800000u ? std::numeric_limits<float>::infinity() : value;
+  }
+  std::uint16_t top = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint16_t bits = static_cast<const std::uint16_t*>(src)[i] & 0x7fffu;
+    top = bits > top ? bits : top;
+  }
+  if (dtype == DType::bf16) return top >= 0x7f80u ? std::numeric_limits<float>::infinity() : bf16_to_float(top);
+  return top >= 0x7c00u ? std::numeric_limits<float>::infinity() : f16_to_float(top);
+}
+
+}  // namespace
+}  // namespace pissa

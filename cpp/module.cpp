@@ -1,0 +1,116 @@
+// The Python module: checks arrays, releases the GIL, nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "lapack.hpp"
+#include "split.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+pissa::DType parse_dtype(const std::string& code) {
+  if (code == "F32") return pissa::DType::f32;
+  if (code == "F16") return pissa::DType::f16;
+  if (code == "BF16") return pissa::DType::bf16;
+  throw std::invalid_argument("dtype must be F32, F16 or BF16, not " + code);
+}
+
+void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char* name) {
+  const py::buffer_info info = buffer.request(true);
+  const auto found = static_cast<std::size_t>(info.size * info.itemsize);
+  py::ssize_t stride = info.itemsize;
+  for (py::ssize_t axis = info.ndim; axis-- > 0; stride *= info.shape[static_cast<std::size_t>(axis)]) {
+    const auto index = static_cast<std::size_t>(axis);
+    if (info.strides[index] != stride && info.shape[index] > 1) {
+      throw std::invalid_argument(std::string(name) + " must be C-contiguous");
+    }
+  }
+  if (found != expected) {
+    throw std::invalid_argument(std::string(name) + " must be " + std::to_string(expected) + " bytes, not " +
+                                std::to_string(found));
+  }
+  return info.ptr;
+}
+
+pissa::Weight describe(void* data, const std::string& dtype, std::size_t rows, std::size_t cols, std::size_t rank) {
+  if (rank < 1 || rank > std::min(rows, cols)) throw std::invalid_argument("rank must be in 1 … min(rows, cols)");
+  return {data, parse_dtype(dtype), rows, cols};
+}
+
+// Threads live as long as the object: one per caller that wants to split.
+class Splitter {
+ public:
+  explicit Splitter(unsigned threads) : kernels_(pissa::select_kernels()), pool_(threads > 0 ? threads : 1) {}
+
+  pissa::SplitResult split(const py::buffer& weight, std::size_t rows, std::size_t cols, const std::string& dtype,
+                           std::size_t rank, double scaling, bool fan_in_fan_out, const py::buffer& a,
+                           const py::buffer& b, const std::string& adapter_dtype, std::size_t passes,
+                           std::uint64_t key) {
+    pissa::SplitRequest request{};
+    request.adapter_dtype = parse_dtype(adapter_dtype);
+    request.weight = describe(writable_bytes(weight, rows * cols * size_of(parse_dtype(dtype)), "weight"), dtype,
+                              rows, cols, rank);
+    const std::size_t in = fan_in_fan_out ? rows : cols, out = fan_in_fan_out ? cols : rows;
+    request.rank = rank;
+    request.scaling = scaling;
+    request.fan_in_fan_out = fan_in_fan_out;
+    request.a = writable_bytes(a, rank * in * size_of(request.adapter_dtype), "a");
+    request.b = writable_bytes(b, out * rank * size_of(request.adapter_dtype), "b");
+    request.passes = passes;
+    request.key = key;
+    if (!(scaling > 0)) throw std::invalid_argument("scaling must be greater than 0");
+    const py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return pissa::split(kernels_, pool_, request);
+  }
+
+  std::string kernel() const { return kernels_.name; }
+
+ private:
+  const pissa::Kernels& kernels_;
+  pissa::ThreadPool pool_;
+  std::mutex mutex_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  pissa::lapack::scipy_openblas_set_num_threads(1);
+  py::class_<pissa::SplitResult>(m, "SplitResult")
+      .def_readonly("singular_values", &pissa::SplitResult::sigma)
+      .def_readonly("weight_norm", &pissa::SplitResult::weight_norm)
+      .def_readonly("rounding_error", &pissa::SplitResult::rounding_error)
+      .def_readonly("estimated_deficit", &pissa::SplitResult::estimated_deficit)
+      .def_readonly("passes", &pissa::SplitResult::passes)
+      .def_readonly("block", &pissa::SplitResult::block)
+      .def_readonly("householder", &pissa::SplitResult::householder)
+      .def_readonly("sketch_seconds", &pissa::SplitResult::sketch_seconds)
+      .def_readonly("sweep_seconds", &pissa::SplitResult::sweep_seconds)
+      .def_readonly("ritz_seconds", &pissa::SplitResult::ritz_seconds)
+      .def_readonly("residual_seconds", &pissa::SplitResult::residual_seconds);
+  py::class_<Splitter>(m, "Splitter")
+      .def(py::init<unsigned>(), py::arg("threads"))
+      .def_property_readonly("kernel", &Splitter::kernel)
+      .def("split", &Splitter::split, py::arg("weight"), py::arg("rows"), py::arg("cols"), py::arg("dtype"),
+           py::arg("rank"), py::arg("scaling"), py::arg("fan_in_fan_out"), py::arg("a"), py::arg("b"),
+           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"));
+  m.def(
+      "workspace_bytes",
+      [](std::size_t rows, std::size_t cols, const std::string& dtype, std::size_t rank, std::size_t passes) {
+        return pissa::split_workspace_bytes(describe(nullptr, dtype, rows, cols, rank), rank, passes);
+      },
+      py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("rank"), py::arg("passes"));
+  m.def("kernels", [] {
+    std::vector<std::string> names;
+    for (const pissa::Kernels* kernels : pissa::available_kernels()) names.emplace_back(kernels->name);
+    return names;
+  });
+}

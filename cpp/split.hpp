@@ -1,0 +1,45 @@
+// One weight, W = W_res + s·B·A: the bytes of W become those of W_res, and A and B are written beside them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.hpp"
+#include "thread_pool.hpp"
+#include "weight.hpp"
+
+namespace pissa {
+
+struct SplitRequest {
+  Weight weight;
+  std::size_t rank;
+  double scaling;       // s
+  bool fan_in_fan_out;  // the weight is stored in × out
+  DType adapter_dtype;
+  void* a;  // rank × in, row-major
+  void* b;  // out × rank, row-major
+  std::size_t passes;  // 0: as many as the estimate asks for
+  std::uint64_t key;   // of the random start
+};
+
+struct SplitResult {
+  std::vector<double> sigma;  // the rank largest singular values of W
+  double weight_norm = 0;     // ‖W‖, Frobenius
+  double rounding_error = 0;  // ‖W − (W_res + s·B·A)‖: from storing W_res in W's dtype
+  double estimated_deficit = 0;
+  std::size_t passes = 0;  // 0: the exact method of small matrices
+  std::size_t block = 0;
+  bool householder = false;
+  double sketch_seconds = 0, sweep_seconds = 0, ritz_seconds = 0, residual_seconds = 0;
+};
+
+// Throws std::domain_error, before anything is written, where W is not finite or a factor overflows its dtype, and
+// std::overflow_error where the residual does; its weight is then lost.
+SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request);
+
+// Upper bound of the bytes that split() takes beside W, A and B.
+std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes);
+
+}  // namespace pissa

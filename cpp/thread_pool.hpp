@@ -1,0 +1,49 @@
+// A fixed set of threads that hand out numbered tasks.
+//
+// Which thread runs a task is not determined; callers make each task's result independent of it (fixed partitions,
+// partial results added in the order of their tasks), so that no result depends on the number of threads.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace pissa {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(unsigned threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  unsigned size() const { return static_cast<unsigned>(workers_.size()) + 1; }
+
+  // Calls task(0) … task(count - 1), the calling thread taking part; returns when all are done. Tasks must not throw.
+  template <class Task>
+  void run(std::size_t count, const Task& task) {
+    run_erased(count, [](const void* t, std::size_t i) { (*static_cast<const Task*>(t))(i); }, &task);
+  }
+
+ private:
+  using Call = void (*)(const void*, std::size_t);
+  void run_erased(std::size_t count, Call call, const void* task);
+  void drain();
+  void work();
+
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<std::size_t> generation_{0};
+  std::atomic<std::size_t> next_{0};
+  std::atomic<std::size_t> busy_{0};
+  std::size_t count_ = 0;
+  Call call_ = nullptr;
+  const void* task_ = nullptr;
+  bool stopping_ = false;
+};
+
+}  // namespace pissa

@@ -1,0 +1,116 @@
+"""The destination folder before work starts: empty, ours and interrupted, ours and complete, or not ours."""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pissa_convert.engine.files import PARTIAL, sync_folder
+from pissa_convert.engine.journal import JOURNAL_NAME, Journal
+from pissa_convert.errors import RequestError
+from pissa_convert.formats.manifest import MANIFEST_NAME
+from pissa_convert.planning import Plan
+
+
+class State(Enum):
+    """What `begin` found and did: the journal of a fresh or a resumed run is ready; a complete one has none."""
+
+    FRESH = "fresh"
+    RESUMED = "resumed"
+    COMPLETE = "complete"
+
+
+def check(plan: Plan, overwrite: bool) -> None:
+    """Refuse, before anything is written, a destination that holds other things or has no room.
+
+    Raises:
+        RequestError: DEST is not empty and not ours, or the disk is too small.
+    """
+    dest = plan.dest
+    names = os.listdir(dest) if dest.exists() else []
+    ours = JOURNAL_NAME in names or MANIFEST_NAME in names
+    if names and not ours:
+        raise RequestError(
+            "DEST is not empty and holds no earlier conversion",
+            file=dest,
+            found=", ".join(sorted(names)[:3]),
+            fix="choose a new folder, or empty this one" + (" (--overwrite only replaces conversions)" * overwrite),
+        )
+    _check_space(plan)
+
+
+def _check_space(plan: Plan) -> None:
+    existing = next(folder for folder in (plan.dest, *plan.dest.parents) if folder.exists())
+    disk = os.statvfs(existing)
+    present = 0
+    for name in plan.output_sizes:
+        for path in (plan.dest / name, plan.dest / (name + PARTIAL)):
+            if path.is_file():
+                present += path.stat().st_blocks * 512
+    needed = sum(plan.output_sizes.values()) - present
+    available = disk.f_bavail * disk.f_frsize
+    if needed > available:
+        raise RequestError(
+            "the disk is too small",
+            file=plan.dest,
+            expected=f"{needed} bytes free",
+            found=f"{available}",
+            fix=f"make room for {needed - available} bytes more, or choose another disk",
+        )
+
+
+def begin(plan: Plan, journal: Journal, overwrite: bool) -> State:
+    """Decide, under the journal's lock, whether this run starts, continues, or finds all done.
+
+    Raises:
+        RequestError: an interrupted run was made with other options or sources; the message names what changed.
+    """
+    if overwrite:
+        _remove_earlier(plan.dest, journal)
+        journal.restart()
+    elif journal.entries:
+        _check_fingerprint(plan, journal.entries[0].get("fingerprint", {}))
+        return State.RESUMED
+    elif (plan.dest / MANIFEST_NAME).exists():
+        return State.COMPLETE
+    journal.append({"fingerprint": plan.fingerprint, "files": sorted(plan.output_sizes)}, durable=True)
+    sync_folder(plan.dest)
+    return State.FRESH
+
+
+def _check_fingerprint(plan: Plan, before: dict[str, Any]) -> None:
+    now = json.loads(json.dumps(plan.fingerprint))
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            raise RequestError(
+                f"DEST holds an interrupted conversion in which {name} was different",
+                file=plan.dest,
+                expected=_describe(before.get(name)),
+                found=_describe(now.get(name)),
+                fix="run it again as it was, or start over with --overwrite",
+            )
+
+
+def _describe(value: object) -> str:
+    return "none" if value is None else json.dumps(value)
+
+
+def _remove_earlier(dest: Path, journal: Journal) -> None:
+    """Remove what an earlier conversion wrote, and nothing else; what makes the folder load goes first."""
+    names: set[str] = {MANIFEST_NAME}
+    if journal.entries:
+        names.update(journal.entries[0].get("files", []))
+    try:
+        names.update(json.loads((dest / MANIFEST_NAME).read_bytes())["output"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # no manifest, or not one that could name files
+    for name in sorted(names, key=lambda name: (name not in (MANIFEST_NAME, "config.json"), name)):
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts:
+            continue  # a manifest is only a file: it cannot point us outside
+        for path in (dest / name, dest / (name + PARTIAL)):
+            if not any(parent.is_symlink() for parent in path.parents if dest in parent.parents):
+                path.unlink(missing_ok=True)

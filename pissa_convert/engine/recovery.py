@@ -1,0 +1,175 @@
+"""What of an interrupted run can be kept. Nothing is believed because it exists, only because its digest fits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pissa_convert.engine.files import PARTIAL, PartialFile, hash_range, read_exactly
+from pissa_convert.engine.journal import Entry
+from pissa_convert.engine.pipeline import Shard
+from pissa_convert.errors import RequestError
+from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
+from pissa_convert.linalg import SplitStats
+from pissa_convert.memory import CHUNK
+from pissa_convert.planning import Plan, ShardPlan, Split
+
+
+@dataclass
+class Progress:
+    """What is done, as the journal says and the files confirm.
+
+    Attributes:
+        stats: of each split weight that is done, by tensor name.
+        side: digest of each done weight's A and B in the adapter file.
+        sources, outputs: records of committed shards.
+    """
+
+    stats: dict[str, SplitStats] = field(default_factory=dict)
+    side: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, FileRecord] = field(default_factory=dict)
+    outputs: dict[str, FileRecord] = field(default_factory=dict)
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        hash_range(descriptor, 0, size, path, digest, memoryview(bytearray(CHUNK)))
+    finally:
+        os.close(descriptor)
+    return FileRecord(size, digest.hexdigest())
+
+
+def side_digest(adapter: PartialFile, step: Split) -> str:
+    """Digest of a weight's A and B as they lie in the adapter file."""
+    digest = hashlib.sha256()
+    for slot in (step.a, step.b):
+        data = memoryview(bytearray(slot.nbytes))
+        read_exactly(adapter.descriptor, slot.begin, data, adapter.partial)
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def reopen(path: Path) -> None:
+    """Take the final name off a file that has to be worked on again."""
+    if path.exists():
+        os.replace(path, path.with_name(path.name + PARTIAL))
+
+
+def recover(plan: Plan, entries: list[Entry], adapter: PartialFile) -> tuple[list[Shard], Progress]:
+    """The shards that are still to be worked on, each with the prefix that can be kept, and what is done."""
+    steps: dict[str, dict[int, Entry]] = {}
+    committed: dict[str, Entry] = {}
+    for entry in entries:
+        if "step" in entry:
+            steps.setdefault(entry["shard"], {})[entry["step"]] = entry
+        elif "committed" in entry:
+            committed[entry["committed"]] = entry
+    progress = Progress()
+    remaining = []
+    for shard in plan.shards:
+        done = steps.get(shard.name, {})
+        path = plan.dest / shard.name
+        if shard.name in committed and _is_whole(shard, path, committed[shard.name], done, adapter):
+            output = committed[shard.name]
+            progress.sources[shard.name] = FileRecord(shard.source.size, output["source_sha256"])
+            progress.outputs[shard.name] = FileRecord(shard.source.size, output["sha256"])
+            _keep(shard, len(shard.steps), done, progress)
+            continue
+        reopen(path)
+        work = _recover_prefix(shard, path, plan.fingerprint[f"source file {shard.name}"], done, adapter)
+        _keep(shard, work.steps_done, done, progress)
+        remaining.append(work)
+    return remaining, progress
+
+
+def _is_whole(shard: ShardPlan, path: Path, entry: Entry, done: dict[int, Entry], adapter: PartialFile) -> bool:
+    if not path.is_file() or hash_file(path) != FileRecord(shard.source.size, entry["sha256"]):
+        return False
+    return all(
+        index in done and side_digest(adapter, step) == done[index]["side"]
+        for index, step in enumerate(shard.steps)
+        if isinstance(step, Split)
+    )
+
+
+def _keep(shard: ShardPlan, steps_done: int, done: dict[int, Entry], progress: Progress) -> None:
+    for index, step in enumerate(shard.steps[:steps_done]):
+        if isinstance(step, Split):
+            progress.stats[step.tensor] = SplitStats.from_json(done[index]["stats"])
+            progress.side[step.tensor] = done[index]["side"]
+
+
+def _recover_prefix(
+    shard: ShardPlan, path: Path, expected: list[int], done: dict[int, Entry], adapter: PartialFile
+) -> Shard:
+    """Follow the partial file from its start for as long as its running digest is what the journal says."""
+    fresh = Shard(shard, expected)
+    partial = path.with_name(path.name + PARTIAL)
+    if not done or not partial.is_file() or partial.stat().st_size != shard.source.size:
+        return fresh
+    scratch = memoryview(bytearray(CHUNK))
+    digest = hashlib.sha256()
+    kept = fresh
+    descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        hash_range(descriptor, 0, len(shard.source.header), partial, digest, scratch)
+        for index, step in enumerate(shard.steps):
+            is_split = isinstance(step, Split)
+            if is_split and index not in done:
+                break
+            hash_range(descriptor, step.begin, step.end, partial, digest, scratch)
+            if isinstance(step, Split):
+                entry = done[index]
+                if digest.hexdigest() != entry["sha256"] or side_digest(adapter, step) != entry["side"]:
+                    break
+                kept = Shard(shard, expected, index + 1, digest.copy())
+    finally:
+        os.close(descriptor)
+    return kept
+
+
+def verify_complete(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
+    """Check that a finished destination is what this plan would make, by the digests of every file on both sides.
+
+    Returns:
+        The manifest's entry of each split weight.
+
+    Raises:
+        RequestError: it is not; the message names the first difference.
+    """
+    path = plan.dest / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_bytes())
+        head = {name: manifest[name] for name in plan.head}
+        sides = [(plan.source, manifest["source"]), (plan.dest, manifest["output"])]
+        records = [
+            (root / name, FileRecord(record["bytes"], record["sha256"]))
+            for root, files in sides
+            for name, record in files.items()
+        ]
+        tensors: dict[str, dict[str, Any]] = manifest["tensors"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError("this is not a manifest of pissa-convert", file=path) from error
+    fix = "choose a new folder, or replace this one with --overwrite"
+    for name, value in plan.head.items():
+        if head[name] != json.loads(json.dumps(value)):
+            raise RequestError(
+                f"DEST holds a finished conversion with another {name}",
+                file=plan.dest,
+                expected=json.dumps(head[name]),
+                found=json.dumps(value),
+                fix=fix,
+            )
+    for file, record in records:
+        if not file.is_file() or hash_file(file) != record:
+            raise RequestError("a file differs from what DEST's manifest says", file=file, fix=fix)
+    return tensors

@@ -1,0 +1,119 @@
+"""One protocol for splitting a matrix, and what goes in and comes out of it.
+
+`native` is the C++ core on the CPU. A backend works on bytes in place and knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+from pissa_convert.formats.manifest import Fixed, FixedCount
+
+
+@dataclass(frozen=True)
+class SplitSpec:
+    """One split, W ≈ W_res + scaling·B·A.
+
+    Attributes:
+        rows, cols: shape of the weight as stored, row-major.
+        dtype: of the weight and its residual: "F32", "F16" or "BF16" (safetensors' codes).
+        rank: at most min(rows, cols).
+        scaling: s > 0.
+        adapter_dtype: of A and B, same codes.
+        fan_in_fan_out: the weight is stored (in, out), as in GPT-2's Conv1D.
+        passes: over the weight, or None for as many as the error estimate asks for.
+        key: 64 bits that decide the random start; see `tensor_key`.
+    """
+
+    rows: int
+    cols: int
+    dtype: str
+    rank: int
+    scaling: float
+    adapter_dtype: str
+    fan_in_fan_out: bool
+    passes: int | None
+    key: int
+
+    @property
+    def a_shape(self) -> tuple[int, int]:
+        """(rank, in)."""
+        return self.rank, self.rows if self.fan_in_fan_out else self.cols
+
+    @property
+    def b_shape(self) -> tuple[int, int]:
+        """(out, rank)."""
+        return self.cols if self.fan_in_fan_out else self.rows, self.rank
+
+
+@dataclass(frozen=True)
+class SplitStats:
+    """What is known of a finished split; the same on every run.
+
+    Attributes:
+        singular_values: σ₁ ≥ … ≥ σ_rank of the weight.
+        captured_energy: Σσ² / ‖W‖².
+        relative_error: ‖W − (W_res + s·B·A)‖ / ‖W‖, Frobenius: the rounding of the stored residual.
+        estimated_deficit: estimate of 1 − Σσ̂²/Σσ² against an exact SVD.
+        passes: over the weight; 0 where a small matrix was done exactly.
+    """
+
+    singular_values: tuple[float, ...]
+    captured_energy: float
+    relative_error: float
+    estimated_deficit: float
+    passes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values that `from_json` turns back into an equal object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> SplitStats:
+        """The inverse of `as_json`."""
+        known = {field.name: values[field.name] for field in fields(cls)}
+        return cls(**known | {"singular_values": tuple(values["singular_values"])})
+
+    def as_manifest(self) -> dict[str, Any]:
+        """The manifest's entry, in numbers of fixed width."""
+        return {
+            "rank": len(self.singular_values),
+            "passes": FixedCount(self.passes),
+            "captured_energy": Fixed(self.captured_energy),
+            "estimated_deficit": Fixed(self.estimated_deficit),
+            "relative_error": Fixed(self.relative_error),
+            "singular_values": [Fixed(value) for value in self.singular_values],
+        }
+
+    @classmethod
+    def blank(cls, rank: int) -> SplitStats:
+        """Stands for results that are not known yet; renders with the same width."""
+        return cls((0.0,) * rank, 0.0, 0.0, 0.0, 0)
+
+
+class Backend(Protocol):
+    """Splits matrices. Backends agree in accuracy, exactness and signs, not in every bit."""
+
+    @property
+    def name(self) -> str:
+        """Backend and kernel: with the same name on the same kind of CPU, the same bytes come out."""
+
+    def split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> SplitStats:
+        """Turn the bytes of W into those of W_res, and fill A's and B's.
+
+        Raises:
+            WeightError: W holds NaN or infinity (it is then unchanged), or its residual overflows its dtype.
+        """
+
+    def workspace_bytes(self, spec: SplitSpec) -> int:
+        """Upper bound of the memory taken beside the three buffers."""
+
+
+def tensor_key(seed: int, name: str) -> int:
+    """The key of a tensor's random start: 64 bits of SHA-256 over seed and name.
+
+    So a tensor's result depends on neither the order of the work nor what else is in the checkpoint.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little")

@@ -1,0 +1,94 @@
+"""The C++ core as a backend."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from pissa_convert import _core
+from pissa_convert.errors import RequestError, WeightError
+from pissa_convert.linalg import SplitSpec, SplitStats
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use: its affinity, or less where a cgroup's quota allows less."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota()
+    return count if quota is None else max(1, min(count, math.ceil(quota)))
+
+
+def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """CPUs' worth of time that the cgroup grants (version 2, or version 1's cpu controller)."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu" / "cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu" / "cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
+
+
+class NativeBackend:
+    """Splits on the CPU. The number of threads changes no byte of a result."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        """Start the threads.
+
+        Raises:
+            RequestError: PISSA_CONVERT_KERNEL names a kernel that this CPU does not have.
+        """
+        try:
+            self._splitter = _core.Splitter(threads or usable_cpus())
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+
+    @property
+    def name(self) -> str:
+        """"native/" and the kernel's instruction set."""
+        return f"native/{self._splitter.kernel}"
+
+    def split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> SplitStats:
+        """See `Backend.split`."""
+        return as_stats(self.split_with_timings(weight, a, b, spec))
+
+    def split_with_timings(
+        self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec
+    ) -> _core.SplitResult:
+        """The same with the core's own result, which also holds the seconds of its phases."""
+        try:
+            return self._splitter.split(
+                weight=weight,
+                rows=spec.rows,
+                cols=spec.cols,
+                dtype=spec.dtype,
+                rank=spec.rank,
+                scaling=spec.scaling,
+                fan_in_fan_out=spec.fan_in_fan_out,
+                a=a,
+                b=b,
+                adapter_dtype=spec.adapter_dtype,
+                passes=spec.passes or 0,
+                key=spec.key,
+            )
+        except (ValueError, OverflowError) as error:
+            raise WeightError(f"the weight {error}", fix="repair the checkpoint, or exclude the module") from error
+
+    def workspace_bytes(self, spec: SplitSpec) -> int:
+        """See `Backend.workspace_bytes`."""
+        return _core.workspace_bytes(spec.rows, spec.cols, spec.dtype, spec.rank, spec.passes or 0)
+
+
+def as_stats(result: _core.SplitResult) -> SplitStats:
+    """The part of the core's result that is the same on every run."""
+    norm = result.weight_norm
+    energy = sum(value * value for value in result.singular_values)
+    return SplitStats(
+        singular_values=tuple(result.singular_values),
+        captured_energy=energy / (norm * norm) if norm else 0.0,
+        relative_error=result.rounding_error / norm if norm else 0.0,
+        estimated_deficit=result.estimated_deficit,
+        passes=result.passes,
+    )

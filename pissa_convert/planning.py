@@ -1,0 +1,367 @@
+"""Every decision, made from headers alone: what becomes of each tensor and where its bytes will lie.
+
+A plan holds no tensor bytes and writes nothing. Because W_res has W's name, shape and dtype, a residual shard has its
+source's header and length, and because A's and B's shapes follow from the rank, the adapter file is laid out here
+too: the engine only fills known places.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pissa_convert import __version__
+from pissa_convert.errors import RequestError
+from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_keys
+from pissa_convert.formats.checkpoint import Checkpoint, open_checkpoint
+from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, render_manifest
+from pissa_convert.formats.model_card import CARD_NAME, residual_card
+from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo, lay_out
+from pissa_convert.linalg import Backend, SplitSpec, SplitStats, tensor_key
+from pissa_convert.memory import MemoryPlan, chunks, plan_memory
+from pissa_convert.options import ADAPTER_DTYPES, RunOptions, SplitOptions
+from pissa_convert.targets import Action, Decision, compact_target_modules, decide
+
+ADAPTER_FOLDER = "pissa_init"
+ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
+
+
+def _align(offset: int) -> int:
+    return -(-offset // 64) * 64
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A byte range of the source shard that passes through unchanged: a run of adjacent tensors."""
+
+    begin: int
+    end: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One weight: its bytes become the residual in place, and A and B fill their slots of the adapter file."""
+
+    begin: int
+    end: int
+    tensor: str
+    spec: SplitSpec
+    a: TensorInfo
+    b: TensorInfo
+
+    @property
+    def parts(self) -> tuple[slice, slice, slice]:
+        """Where the weight (which becomes the residual in place), A and B lie in this step's one buffer."""
+        a_at = _align(self.end - self.begin)
+        b_at = _align(a_at + self.a.nbytes)
+        return slice(0, self.end - self.begin), slice(a_at, a_at + self.a.nbytes), slice(b_at, b_at + self.b.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory for it."""
+        return int(self.parts[2].stop)
+
+
+Step = Copy | Split
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output shard: the source's header, then its steps in the order of their bytes, without gaps."""
+
+    source: SafetensorsFile
+    steps: tuple[Step, ...]
+
+    @property
+    def name(self) -> str:
+        return self.source.path.name
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """`pissa_init/`: A and B of every split weight, in the order in which the splits happen."""
+
+    name: str
+    header: bytes
+    size: int
+    config: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `convert` would do.
+
+    Attributes:
+        to: the target ("pissa").
+        source, dest: absolute paths.
+        options: what decides the bytes.
+        checkpoint: the source as its headers describe it.
+        decisions: one per tensor, with the reason.
+        shards: the output shards in order.
+        adapter: the adapter file.
+        memory: the budget in bytes and the predicted peak.
+        backend: name of the linear-algebra backend and its kernel.
+    """
+
+    to: str
+    source: Path
+    dest: Path
+    options: SplitOptions
+    checkpoint: Checkpoint
+    decisions: tuple[Decision, ...]
+    shards: tuple[ShardPlan, ...]
+    adapter: AdapterPlan
+    memory: MemoryPlan
+    backend: str
+
+    @property
+    def splits(self) -> Iterator[Split]:
+        return (step for shard in self.shards for step in shard.steps if isinstance(step, Split))
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all source shards."""
+        return sum(shard.source.size for shard in self.shards)
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What the manifest says of the conversion as a whole; with the sources' bytes it decides every output byte."""
+        return {
+            "tool": "pissa-convert",
+            "version": __version__,
+            "to": self.to,
+            "backend": self.backend,
+            "options": self.options.as_json(),
+        }
+
+    @cached_property
+    def texts(self) -> dict[str, bytes]:
+        """Small files that are written by us, in the order of their commits."""
+        architectures = self.checkpoint.config.get("architectures") or []
+        original = (self.source / CARD_NAME).read_bytes() if CARD_NAME in self.checkpoint.auxiliary else None
+        layers = sum(decision.action is Action.SPLIT for decision in self.decisions)
+        card = residual_card(original, self.options, layers, architectures, __version__)
+        return {CARD_NAME: card, ADAPTER_CONFIG: self.adapter.config.encode()}
+
+    @property
+    def copies(self) -> list[str]:
+        """Auxiliary files that are copied, in the order of their commits: what makes the folder load comes last."""
+        last = [self.checkpoint.index, "config.json"]
+        names = [name for name in self.checkpoint.auxiliary if name not in self.texts]
+        return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
+
+    @cached_property
+    def output_sizes(self) -> dict[str, int]:
+        """Exact size in bytes of every file of the result."""
+        sizes = {shard.name: shard.source.size for shard in self.shards}
+        sizes[self.adapter.name] = self.adapter.size
+        sizes |= {name: len(text) for name, text in self.texts.items()}
+        sizes |= {name: (self.source / name).stat().st_size for name in self.copies}
+        blank = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
+        sources = {shard.name: FileRecord(shard.source.size, "0" * 64) for shard in self.shards}
+        sources |= {
+            name: FileRecord((self.source / name).stat().st_size, "0" * 64) for name in self.checkpoint.auxiliary
+        }
+        stats = {step.tensor: SplitStats.blank(self.options.rank) for step in self.splits}
+        return sizes | {MANIFEST_NAME: len(manifest(self, sources, blank, stats))}
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be unchanged for a partial result to be continued."""
+        return {
+            **{name: value for name, value in self.head.items() if name != "options"},
+            **{f"--{name.replace('_', '-')}": value for name, value in self.options.as_json().items()},
+            **{
+                f"source file {name}": _identity(self.source / name)
+                for name in sorted([*(shard.name for shard in self.shards), *self.checkpoint.auxiliary])
+            },
+        }
+
+
+def _identity(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def make_plan(
+    source: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    to: str,
+    options: SplitOptions,
+    run: RunOptions,
+    backend: Backend,
+) -> Plan:
+    """Read the headers of `source` and decide everything.
+
+    Raises:
+        RequestError: the request and the model do not fit (also its subclass FormatError: a file is malformed).
+    """
+    if to != "pissa":
+        raise RequestError("--to is unknown", expected="pissa", found=to)
+    source, dest = Path(source).resolve(), Path(os.path.abspath(dest))
+    _check_destination(source, dest)
+    checkpoint = open_checkpoint(source)
+    _check_not_residual(checkpoint)
+    decisions = decide(
+        [(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors],
+        checkpoint.config,
+        options.target_modules,
+        options.exclude_modules,
+    )
+    chosen = {decision.tensor: decision for decision in decisions if decision.action is Action.SPLIT}
+    specs = {}
+    for shard in checkpoint.shards:
+        for tensor in shard.tensors:
+            if tensor.name in chosen:
+                _check_rank(shard.path, tensor, options.rank)
+                specs[tensor.name] = _spec(tensor, chosen[tensor.name], options)
+    adapter, slots = _plan_adapter(checkpoint, chosen, specs, options)
+    shards = tuple(ShardPlan(shard, tuple(_steps(shard, specs, slots))) for shard in checkpoint.shards)
+    return Plan(
+        to=to,
+        source=source,
+        dest=dest,
+        options=options,
+        checkpoint=checkpoint,
+        decisions=decisions,
+        shards=shards,
+        adapter=adapter,
+        memory=plan_memory(_flights(shards), _workspace(specs.values(), backend), run.max_memory),
+        backend=backend.name,
+    )
+
+
+def _check_destination(source: Path, dest: Path) -> None:
+    real = Path(os.path.realpath(dest))
+    if real == source or source in real.parents:
+        raise RequestError("DEST is SOURCE or lies inside it", file=dest, fix="choose a folder outside SOURCE")
+    if os.path.lexists(dest) and not stat.S_ISDIR(os.stat(dest).st_mode):
+        raise RequestError("DEST is not a folder", file=dest, fix="choose another name")
+
+
+def _check_not_residual(checkpoint: Checkpoint) -> None:
+    for name in checkpoint.auxiliary:
+        if name == MANIFEST_NAME or name.startswith(f"{ADAPTER_FOLDER}/"):
+            raise RequestError(
+                f"SOURCE is itself the residual of a split: it holds {name}",
+                file=checkpoint.root,
+                fix="split the original model",
+            )
+
+
+def _check_rank(file: Path, tensor: TensorInfo, rank: int) -> None:
+    if rank > min(tensor.shape):
+        raise RequestError(
+            "--rank is larger than the weight allows",
+            file=file,
+            tensor=tensor.name,
+            expected=f"at most {min(tensor.shape)} for shape {list(tensor.shape)}",
+            found=rank,
+            fix="lower --rank or leave the module out with --exclude-modules",
+        )
+
+
+def _spec(tensor: TensorInfo, decision: Decision, options: SplitOptions) -> SplitSpec:
+    rows, cols = tensor.shape
+    return SplitSpec(
+        rows=rows,
+        cols=cols,
+        dtype=tensor.dtype,
+        rank=options.rank,
+        scaling=options.scaling,
+        adapter_dtype=ADAPTER_DTYPES[options.adapter_dtype],
+        fan_in_fan_out=decision.fan_in_fan_out,
+        passes=options.passes,
+        key=tensor_key(options.seed, tensor.name),
+    )
+
+
+def _plan_adapter(
+    checkpoint: Checkpoint, chosen: Mapping[str, Decision], specs: Mapping[str, SplitSpec], options: SplitOptions
+) -> tuple[AdapterPlan, dict[str, tuple[TensorInfo, TensorInfo]]]:
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
+    modules = []
+    for name, spec in specs.items():
+        module = chosen[name].module
+        assert module is not None
+        modules.append(module)
+        a_key, b_key = adapter_keys(module)
+        tensors += [(a_key, spec.adapter_dtype, spec.a_shape), (b_key, spec.adapter_dtype, spec.b_shape)]
+    header, infos = lay_out(tensors, {"format": "pt"})
+    slots = {name: (infos[2 * i], infos[2 * i + 1]) for i, name in enumerate(specs)}
+    config = adapter_config(
+        rank=options.rank,
+        alpha=options.alpha,
+        rslora=options.rslora,
+        target_modules=compact_target_modules(
+            {tensor.name.rpartition(".")[0] for tensor in checkpoint.tensors}, set(modules)
+        ),
+        fan_in_fan_out=any(spec.fan_in_fan_out for spec in specs.values()),
+        architectures=checkpoint.config.get("architectures"),
+    )
+    return AdapterPlan(f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}", header, infos[-1].end, config), slots
+
+
+def _steps(
+    shard: SafetensorsFile, specs: Mapping[str, SplitSpec], slots: Mapping[str, tuple[TensorInfo, TensorInfo]]
+) -> Iterator[Step]:
+    passing: list[TensorInfo] = []
+    for tensor in shard.tensors:
+        if tensor.name not in specs:
+            passing.append(tensor)
+            continue
+        if passing:
+            yield _copy(passing)
+            passing = []
+        a, b = slots[tensor.name]
+        yield Split(tensor.begin, tensor.end, tensor.name, specs[tensor.name], a, b)
+    if passing:
+        yield _copy(passing)
+
+
+def _copy(tensors: list[TensorInfo]) -> Copy:
+    return Copy(tensors[0].begin, tensors[-1].end, tuple(tensor.name for tensor in tensors))
+
+
+def _flights(shards: Iterable[ShardPlan]) -> Iterator[int]:
+    """Bytes held for each piece of work in the order in which they are taken."""
+    for shard in shards:
+        for step in shard.steps:
+            if isinstance(step, Split):
+                yield step.nbytes
+            else:
+                yield from (end - begin for begin, end in chunks(step.begin, step.end))
+
+
+def _workspace(specs: Iterable[SplitSpec], backend: Backend) -> int:
+    return max(backend.workspace_bytes(spec) for spec in specs)
+
+
+
+
+def manifest(
+    plan: Plan,
+    source: Mapping[str, FileRecord],
+    output: Mapping[str, FileRecord],
+    stats: Mapping[str, SplitStats],
+) -> bytes:
+    """The text of `pissa_convert.json`; the engine supplies what only the work can tell."""
+    modules = {decision.tensor: decision.module for decision in plan.decisions}
+    places = {step.tensor: shard.name for shard in plan.shards for step in shard.steps if isinstance(step, Split)}
+    tensors = {
+        step.tensor: {
+            "file": places[step.tensor],
+            "module": modules[step.tensor],
+            "shape": [step.spec.rows, step.spec.cols],
+            "dtype": step.spec.dtype,
+            **stats[step.tensor].as_manifest(),
+        }
+        for step in plan.splits
+    }
+    return render_manifest(plan.head, source, output, tensors)

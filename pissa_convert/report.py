@@ -1,0 +1,60 @@
+"""What a run did and what bound it. Not the manifest: that holds no times and is the same from run to run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Timings:
+    """Seconds that each stage was busy, and bytes that passed it. The stages overlap.
+
+    Attributes:
+        source_bytes: read from the source's weights.
+        written_bytes: of weights and adapter, written in this run.
+    """
+
+    read_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    write_seconds: float = 0.0
+    source_bytes: int = 0
+    written_bytes: int = 0
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that was busy longest."""
+        stages = {"read": self.read_seconds, "compute": self.compute_seconds, "write": self.write_seconds}
+        return max(stages, key=lambda stage: stages[stage])
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `convert`.
+
+    Attributes:
+        dest: the finished folder.
+        tensors: weights that were split.
+        resumed: an earlier, interrupted run was continued.
+        complete_before: nothing was left to do; digests of source and result were compared.
+        wall_seconds: of the whole conversion.
+        timings: of its stages.
+        relative_error: largest ‖W − (W_res + s·B·A)‖ / ‖W‖ over the weights, as stored.
+        estimated_deficit: largest estimate of the captured energy that a full SVD would have added, relative.
+        peak_memory: largest resident set of this process so far, in bytes, or None where it cannot be read.
+    """
+
+    dest: Path
+    tensors: int
+    resumed: bool
+    complete_before: bool
+    wall_seconds: float
+    timings: Timings
+    relative_error: float
+    estimated_deficit: float
+    peak_memory: int | None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}

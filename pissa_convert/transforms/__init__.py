@@ -1,0 +1,1 @@
+"""What happens to one tensor: bytes in, bytes out, no files."""
