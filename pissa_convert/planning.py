@@ -303,7 +303,7 @@ def _plan_adapter(
             {tensor.name.rpartition(".")[0] for tensor in checkpoint.tensors}, set(modules)
         ),
         fan_in_fan_out=any(spec.fan_in_fan_out for spec in specs.values()),
-        architectures=checkpoint.config.get("architectures"),
+        model_config=dict(checkpoint.config),
     )
     return AdapterPlan(f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}", header, infos[-1].end, config), slots
 

@@ -1,0 +1,1 @@
+"""What lies where in a file or folder, and nothing about what is done with it."""
