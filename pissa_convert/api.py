@@ -207,7 +207,7 @@ def split(
     residual = _raw_copy(weight)
     a = np.empty(spec.a_shape, _RAW[adapter_dtype])
     b = np.empty(spec.b_shape, _RAW[adapter_dtype])
-    stats = NativeBackend(threads).split(*(array.reshape(-1).view(np.uint8).data for array in (residual, a, b)), spec)
+    stats = NativeBackend(threads).split(residual.data, a.data, b.data, spec)
     like: Any = weight
     return Split(
         residual=_dressed(residual, dtype, like),

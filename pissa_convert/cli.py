@@ -178,7 +178,7 @@ def _print_plan(plan: Plan) -> None:
         print(f"{decision.action.value:6} {decision.tensor:{width}}  {decision.reason}")
     for skipped in plan.checkpoint.skipped:
         print(f"{'skip':6} {skipped.path:{width}}  {skipped.reason}")
-    split = [step for step in plan.splits]
+    split = list(plan.splits)
     split_bytes = sum(step.end - step.begin for step in split)
     compute = estimate_seconds(plan)
     print(
@@ -187,7 +187,7 @@ split      {len(split)} of {len(plan.decisions)} tensors, {_amount(split_bytes)}
 adapter    {plan.adapter.name}, rank {plan.options.rank}, {_amount(plan.adapter.size)}
 disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
 memory     {plan.memory.peak} bytes at peak ({_amount(plan.memory.budget)} in flight at most)
-time       about {compute:.0f} s of computing with {plan.backend}, beside reading and writing {_amount(plan.source_bytes)}"""
+time       about {compute:.0f} s of computing with {plan.backend}, beside moving {_amount(plan.source_bytes)}"""
     )
 
 

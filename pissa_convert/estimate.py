@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -34,16 +35,16 @@ def _time_one(backend: NativeBackend, dtype: str, rank: int) -> float:
     generator = np.random.default_rng(0)
     matrix = generator.standard_normal((_SIZE, _SIZE), np.float32)
     matrix *= np.linspace(4, 1, _SIZE, dtype=np.float32) ** 2
-    raw = {
-        "F32": lambda: matrix,
-        "F16": lambda: matrix.astype(np.float16),
-        "BF16": lambda: (matrix.view(np.uint32) >> 16).astype(np.uint16),
-    }[dtype]()
+    raw: np.ndarray[Any, np.dtype[Any]] = matrix
+    if dtype == "F16":
+        raw = matrix.astype(np.float16)
+    elif dtype == "BF16":
+        raw = (matrix.view(np.uint32) >> 16).astype(np.uint16)
     spec = SplitSpec(_SIZE, _SIZE, dtype, rank, 1.0, "F32", False, None, 0)
     a, b = bytearray(4 * rank * _SIZE), bytearray(4 * rank * _SIZE)
     seconds = []
     for _ in range(3):
-        work = raw.copy().reshape(-1).view(np.uint8).data
+        work = raw.copy().data
         started = time.perf_counter()
         backend.split(work, memoryview(a), memoryview(b), spec)
         seconds.append(time.perf_counter() - started)

@@ -343,8 +343,6 @@ def _workspace(specs: Iterable[SplitSpec], backend: Backend) -> int:
     return max(backend.workspace_bytes(spec) for spec in specs)
 
 
-
-
 def manifest(
     plan: Plan,
     source: Mapping[str, FileRecord],

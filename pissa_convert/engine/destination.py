@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -103,10 +104,9 @@ def _remove_earlier(dest: Path, journal: Journal) -> None:
     names: set[str] = {MANIFEST_NAME}
     if journal.entries:
         names.update(journal.entries[0].get("files", []))
-    try:
+    # There may be no manifest, or not one that could name files.
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         names.update(json.loads((dest / MANIFEST_NAME).read_bytes())["output"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # no manifest, or not one that could name files
     for name in sorted(names, key=lambda name: (name not in (MANIFEST_NAME, "config.json"), name)):
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts:

@@ -227,9 +227,7 @@ def _transform(step: Split, path: Path, buffer: mmap.mmap, backend: Backend, tim
         timings.compute_seconds += time.perf_counter() - started
 
 
-def _write_all(
-    items: queue.Queue[_Item], dest: Path, buffers: Buffers, sink: Sink, timings: Timings
-) -> None:
+def _write_all(items: queue.Queue[_Item], dest: Path, buffers: Buffers, sink: Sink, timings: Timings) -> None:
     while (item := items.get()) is not None:
         if isinstance(item, BaseException):
             raise item

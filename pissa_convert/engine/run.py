@@ -22,7 +22,7 @@ from pissa_convert.errors import ConversionError
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
 from pissa_convert.linalg import Backend, SplitStats
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
-from pissa_convert.planning import ADAPTER_CONFIG, Plan, manifest
+from pissa_convert.planning import Plan, manifest
 from pissa_convert.report import Report, Timings
 
 ProgressCallback = Callable[[int, int, Timings], None]

@@ -18,9 +18,22 @@ INDEX_NAME = "model.safetensors.index.json"
 _MAX_INDEX = 100_000_000
 _MAX_CONFIG = 16_000_000
 
-_WEIGHT_SUFFIXES = (
-    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .gguf .ot .tflite .mlmodel .nemo .npz".split()
-)
+_WEIGHT_SUFFIXES = [
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ot",
+    ".tflite",
+    ".mlmodel",
+    ".nemo",
+    ".npz",
+]
 _OTHER_FORMATS = {"original", "onnx", "openvino", "coreml", "gguf", "metal"}
 _TRANSIENT_FOLDERS = {".git", ".cache", "__pycache__"}
 _TRANSIENT_SUFFIXES = {".lock", ".partial", ".incomplete", ".tmp"}
@@ -161,14 +174,14 @@ def _check_tensors(root: Path, shards: tuple[SafetensorsFile, ...], weight_map: 
         raise FormatError("the model has no tensors", file=root)
     if weight_map is None or weight_map == home:
         return
-    for tensor, name in sorted({**home, **weight_map}.items()):
-        if home.get(tensor) != weight_map.get(tensor):
+    for tensor_name, shard_name in sorted({**home, **weight_map}.items()):
+        if home.get(tensor_name) != weight_map.get(tensor_name):
             raise FormatError(
                 "index and shards disagree about where it is",
                 file=root / INDEX_NAME,
-                tensor=tensor,
-                expected=weight_map.get(tensor, "no entry in the index"),
-                found=home.get(tensor, f"not in {name}"),
+                tensor=tensor_name,
+                expected=weight_map.get(tensor_name, "no entry in the index"),
+                found=home.get(tensor_name, f"not in {shard_name}"),
                 fix="download index and shards again",
             )
 

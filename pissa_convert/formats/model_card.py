@@ -8,8 +8,8 @@ CARD_NAME = "README.md"
 
 _CARD = """# Residual model with its PiSSA adapter
 
-**This folder is not a complete model.** Its weights are the *residual* of the original ones: the {rank} largest singular
-directions of each targeted linear layer were moved into the adapter in `pissa_init/`. The two belong together;
+**This folder is not a complete model.** Its weights are the *residual* of the original ones: the {rank} largest
+singular directions of each targeted linear layer were moved into the adapter in `pissa_init/`. The two belong together;
 without its adapter the residual answers with noise, and the adapter does not fit the original model.
 
     W = W_res + s·B·A        s = {scaling}

@@ -127,7 +127,7 @@ def _is_count(value: Any) -> bool:
 
 def _tensor(name: str, entry: Any, data_begin: int, path: Path) -> TensorInfo:
     def wrong(what: str, **detail: object) -> FormatError:
-        return FormatError(what, file=path, tensor=name, fix=_DAMAGED, **detail)  # type: ignore[arg-type]
+        return FormatError(what, file=path, tensor=name, fix=_DAMAGED, **detail)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise wrong("its header entry is malformed", expected="dtype, shape and data_offsets")
@@ -179,5 +179,6 @@ def lay_out(
     text += b" " * (-len(text) % 8)  # the data starts aligned
     header = len(text).to_bytes(8, "little") + text
     return header, tuple(
-        TensorInfo(name, dtype, shape, len(header) + begin, len(header) + end) for name, dtype, shape, begin, end in spans
+        TensorInfo(name, dtype, shape, len(header) + begin, len(header) + end)
+        for name, dtype, shape, begin, end in spans
     )

