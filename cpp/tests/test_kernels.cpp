@@ -1,0 +1,177 @@
+// Every kernel this CPU has against plain loops in double, for every dtype, odd shapes, and any number of threads.
+#include <algorithm>
+#include <cstring>
+
+#include "check.hpp"
+#include "matrices.hpp"
+#include "residual.hpp"
+#include "sweep.hpp"
+
+using namespace pissa;
+
+namespace {
+
+struct Shape {
+  std::size_t rows, cols, k;
+};
+
+const Shape kShapes[] = {{1, 1, 1},     {1, 70, 3},    {70, 1, 2},    {2, 2, 8},     {33, 65, 16},   {64, 48, 17},
+                         {65, 129, 32}, {131, 97, 40}, {300, 259, 64}, {259, 300, 16}, {96, 1024, 33}, {530, 77, 100}};
+const DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
+
+// How far `found` is from `expected`, in units of what may be.
+double excess(double found, double expected, double allowed) {
+  return std::fabs(found - expected) / (allowed + 1e-30);
+}
+
+void check_power_step(const Kernels& kernels, DType dtype, const Shape& s) {
+  TestWeight w(dtype, s.rows, s.cols, 1);
+  const bool rounds = dtype == DType::bf16 && kernels.tile_bf16 != nullptr;
+  std::vector<float> x(s.cols * s.k);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = random_value(2, i);
+  std::vector<float> y(s.rows * s.k), z(s.cols * s.k);
+  for (unsigned threads = 1; threads <= 3; ++threads) {
+    ThreadPool pool(threads);
+    Sweep sweep(kernels, pool, w.weight, s.k);
+    std::vector<float> other_y(y.size()), other_z(z.size());
+    sweep.power_step(x.data(), s.k, 0.5f, other_y.data(), other_z.data());
+    if (threads == 1) {
+      y = other_y;
+      z = other_z;
+    }
+    CHECK(y == other_y && z == other_z, "%s %s: %u threads change it", kernels.name, name_of(dtype), threads);
+    sweep.transposed_product(other_y.data(), s.k, other_z.data());
+    CHECK(y == other_y && z == other_z, "%s %s: the transposed product differs", kernels.name, name_of(dtype));
+  }
+  double worst_y = 0, worst_z = 0;
+  for (std::size_t c = 0; c < s.k; ++c) {
+    for (std::size_t i = 0; i < s.rows; ++i) {
+      double sum = 0, size = 0;
+      for (std::size_t j = 0; j < s.cols; ++j) {
+        const float operand = 0.5f * x[c * s.cols + j];
+        const double term = w.values[i * s.cols + j] * (rounds ? bf16_to_float(float_to_bf16(operand)) : operand);
+        sum += term;
+        size += std::fabs(term);
+      }
+      const double allowed = 2e-6 * size + (rounds ? 0x1p-8 * std::fabs(sum) : 0);
+      worst_y = std::max(worst_y, excess(y[c * s.rows + i], sum, allowed));
+    }
+    for (std::size_t j = 0; j < s.cols; ++j) {
+      double sum = 0, size = 0;
+      for (std::size_t i = 0; i < s.rows; ++i) {
+        const double term = w.values[i * s.cols + j] * static_cast<double>(y[c * s.rows + i]);
+        sum += term;
+        size += std::fabs(term);
+      }
+      worst_z = std::max(worst_z, excess(z[c * s.cols + j], sum, 2e-6 * size));
+    }
+  }
+  CHECK(worst_y <= 1 && worst_z <= 1, "%s %s %zux%zu k=%zu: Y %g and Z %g of what is allowed", kernels.name,
+        name_of(dtype), s.rows, s.cols, s.k, worst_y, worst_z);
+}
+
+void check_residual(const Kernels& kernels, DType dtype, const Shape& s) {
+  const std::size_t rank = s.k;
+  std::vector<float> left(s.rows * rank), right(rank * s.cols);
+  for (std::size_t i = 0; i < left.size(); ++i) left[i] = 0.3f * random_value(3, i);
+  for (std::size_t i = 0; i < right.size(); ++i) right[i] = 0.3f * random_value(4, i);
+  std::vector<unsigned char> first;
+  for (unsigned threads = 1; threads <= 3; ++threads) {
+    TestWeight w(dtype, s.rows, s.cols, 1);
+    ThreadPool pool(threads);
+    const ResidualNorms norms =
+        subtract_product(kernels, pool, w.weight, left.data(), right.data(), rank, 0.75, 0.25f);
+    if (threads > 1) {
+      CHECK(w.bytes == first, "%s %s: %u threads change the residual", kernels.name, name_of(dtype), threads);
+      continue;
+    }
+    first = w.bytes;
+    const double unit = dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+    const double noise = dtype == DType::f32 ? 1e-15 : 2e-6;  // of sums in double, and in float
+    double weight = 0, error = 0, worst = 0;
+    for (std::size_t i = 0; i < s.rows * s.cols; ++i) {
+      double exact = w.values[i], size = std::fabs(exact);
+      for (std::size_t t = 0; t < rank; ++t) {
+        const double term = 0.75 * static_cast<double>(left[i / s.cols * rank + t]) *
+                            static_cast<double>(right[t * s.cols + i % s.cols]);
+        exact -= term;
+        size += std::fabs(term);
+      }
+      const double off = w.at(i) - exact;
+      const double allowed = unit * std::fabs(exact) + noise * size + (dtype == DType::f16 ? 0x1p-25 : 0);
+      worst = std::max(worst, excess(off, 0, allowed));
+      weight += w.values[i] * w.values[i];
+      error += off * off;
+    }
+    weight = std::sqrt(weight);
+    error = std::sqrt(error);
+    CHECK(worst <= 1.0001, "%s %s %zux%zu rank %zu: off by %g of what rounding allows", kernels.name, name_of(dtype),
+          s.rows, s.cols, rank, worst);
+    CHECK(excess(norms.weight, weight, 1e-5 * weight) <= 1, "%s %s: norm %g", kernels.name, name_of(dtype),
+          norms.weight);
+    CHECK(excess(norms.error, error, 0.02 * error + 1e-7 * weight) <= 1, "%s %s: error %g, not %g", kernels.name,
+          name_of(dtype), norms.error, error);
+    CHECK(norms.finite, "%s %s", kernels.name, name_of(dtype));
+  }
+}
+
+// The conversions against the scalar ones, for every 16-bit pattern and for roundings of every kind.
+void check_conversions(const Kernels& kernels) {
+  std::vector<std::uint16_t> bits(65536);
+  std::vector<float> wide(bits.size());
+  for (std::size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<std::uint16_t>(i);
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    kernels.widen(bits.data(), dtype, wide.data(), bits.size());
+    for (std::size_t i = 0; i < bits.size(); ++i) {
+      const float expected = dtype == DType::f16 ? f16_to_float(bits[i]) : bf16_to_float(bits[i]);
+      const bool same = std::isnan(expected) ? std::isnan(wide[i]) : std::memcmp(&wide[i], &expected, 4) == 0;
+      CHECK(same, "%s widens %s %04x wrongly", kernels.name, name_of(dtype), bits[i]);
+      if (!std::isfinite(expected)) continue;
+      const float product = random_value(5, i) * std::fabs(expected);
+      std::uint16_t place = bits[i];
+      TileNorms norms;
+      kernels.subtract(&place, dtype, &product, 1, 1.0f, norms);
+      const float exact = expected - product;
+      const std::uint16_t rounded = dtype == DType::f16 ? float_to_f16(exact) : float_to_bf16(exact);
+      CHECK(place == rounded, "%s rounds %a to %s %04x, not %04x", kernels.name, static_cast<double>(exact),
+            name_of(dtype), place, rounded);
+    }
+  }
+}
+
+void check_limits(const Kernels& kernels) {
+  ThreadPool pool(2);
+  for (const DType dtype : kDTypes) {
+    for (const std::size_t bad : {0u, 16u, 38u}) {
+      TestWeight w(dtype, 3, 13, 9);
+      CHECK(std::isfinite(max_magnitude(kernels, pool, w.weight)), "%s", kernels.name);
+      if (dtype == DType::f32) {
+        reinterpret_cast<float*>(w.bytes.data())[bad] = NAN;
+      } else {
+        w.halves()[bad] = 0xffffu;
+      }
+      CHECK(std::isinf(max_magnitude(kernels, pool, w.weight)), "%s misses a NaN", kernels.name);
+    }
+  }
+  std::uint16_t largest = 0x7bffu;  // 65504 in f16
+  const Weight w{&largest, DType::f16, 1, 1};
+  const float left = -1, right = 65504;
+  CHECK(!subtract_product(kernels, pool, w, &left, &right, 1, 1.0, 1.0f).finite, "%s misses an overflow", kernels.name);
+}
+
+}  // namespace
+
+int main() {
+  for (const Kernels* kernels : available_kernels()) {
+    check_conversions(*kernels);
+    check_limits(*kernels);
+    for (const DType dtype : kDTypes) {
+      for (const Shape& shape : kShapes) {
+        check_power_step(*kernels, dtype, shape);
+        check_residual(*kernels, dtype, shape);
+      }
+    }
+    std::printf("%s: %d failures\n", kernels->name, failures);
+  }
+  return failures == 0 ? 0 : 1;
+}
