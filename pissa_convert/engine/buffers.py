@@ -18,7 +18,7 @@ class Buffers:
     """
 
     def __init__(self, budget: int) -> None:
-        self._free = budget
+        self._budget = self._free = budget
         self._changed = threading.Condition()
         self._cancelled = False
 
@@ -27,7 +27,10 @@ class Buffers:
 
         Raises:
             Cancelled: `cancel` was called.
+            ValueError: it can never fit; the plan's budget covers every buffer that the plan needs.
         """
+        if nbytes > self._budget:
+            raise ValueError(f"a buffer of {nbytes} bytes in a budget of {self._budget}")
         with self._changed:
             self._changed.wait_for(lambda: self._cancelled or nbytes <= self._free)
             if self._cancelled:

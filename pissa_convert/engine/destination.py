@@ -84,7 +84,7 @@ def begin(plan: Plan, journal: Journal, overwrite: bool) -> State:
 
 def _check_fingerprint(plan: Plan, before: dict[str, Any]) -> None:
     now = json.loads(json.dumps(plan.fingerprint))
-    for name in sorted({*before, *now}):
+    for name in {**now, **before}:
         if before.get(name) != now.get(name):
             raise RequestError(
                 f"DEST holds an interrupted conversion in which {name} was different",
