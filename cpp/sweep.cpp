@@ -14,10 +14,12 @@ constexpr std::size_t kPanelBytes = 4u << 20;
 constexpr std::size_t kMaxPanelRows = 256;
 constexpr std::size_t kMinPanelRows = 64;
 // A block of packed x that stays in the first-level cache while the rows of a task pass over it.
-constexpr std::size_t kXBlockBytes = 16u << 10;
+constexpr std::size_t kXBlockBytes = 32u << 10;
 constexpr std::size_t kRowsPerTask = 32;
 constexpr std::size_t kStripsPerTask = 8;
+constexpr std::size_t kStripsPerPack = 4;
 constexpr std::size_t kMaxStripWidth = 64;
+constexpr std::size_t kPackedStrip = (kMaxPanelRows + 2) * kMaxStripWidth;
 constexpr std::size_t kMaxTileRows = 16;
 
 std::size_t round_up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
@@ -206,6 +208,25 @@ void Sweep::pack_y(std::size_t panel, std::size_t begin, std::size_t end, std::s
   }
 }
 
+// Columns of a panel's rows as strips of [row / depth][column][depth], zero beyond the last row and column.
+template <class Element>
+void Sweep::pack_strips(const Element* data, std::size_t stride, std::size_t rows, std::size_t columns,
+                        Element* packed) const {
+  const std::size_t strip = tile_.vectors * tile_.width;
+  for (std::size_t i = 0; i < rows; i += tile_.depth) {
+    for (std::size_t j = 0, slot = 0; j < columns; j += strip, ++slot) {
+      const std::size_t count = std::min(strip, columns - j);
+      Element* out = packed + slot * kPackedStrip + i * strip;
+      if constexpr (std::is_same_v<Element, std::uint16_t>) {
+        kernels_.pack_pairs(data + i * stride + j, stride, std::min<std::size_t>(2, rows - i), count, strip, out);
+      } else {
+        std::memcpy(out, data + i * stride + j, count * sizeof(float));
+        std::fill(out + count, out + strip, 0.0f);
+      }
+    }
+  }
+}
+
 template <class Element>
 void Sweep::multiply_columns(std::size_t panel, std::size_t begin, std::size_t end, std::size_t k, float* z) const {
   const std::size_t depth = tile_.depth;
@@ -216,18 +237,14 @@ void Sweep::multiply_columns(std::size_t panel, std::size_t begin, std::size_t e
   std::size_t stride = 0;
   const auto* data = static_cast<const Element*>(panel_data(panel, 0, stride));
   const auto* packed = reinterpret_cast<const Element*>(packed_y_.data());
-  alignas(64) Element b[(kMaxPanelRows + 2) * kMaxStripWidth];
+  // Several strips are packed together: a row's piece is then long enough for the hardware to fetch ahead.
+  alignas(64) Element packed_w[kStripsPerPack][kPackedStrip];
   alignas(64) float edge[kMaxTileRows * kMaxStripWidth];
   for (std::size_t j = begin; j < end; j += strip) {
+    const std::size_t slot = (j - begin) / strip % kStripsPerPack;
+    if (slot == 0) pack_strips(data + j, stride, rows, std::min(kStripsPerPack * strip, end - j), packed_w[0]);
+    const Element* b = packed_w[slot];
     const std::size_t columns = std::min(strip, end - j);
-    if constexpr (std::is_same_v<Element, std::uint16_t>) {
-      kernels_.pack_pairs(data + j, stride, rows, columns, strip, b);
-    } else {
-      for (std::size_t i = 0; i < rows; ++i) {
-        std::memcpy(b + i * strip, data + i * stride + j, columns * sizeof(float));
-        std::fill(b + i * strip + columns, b + (i + 1) * strip, 0.0f);
-      }
-    }
     for (std::size_t c = 0; c < k; c += tile_.rows) {
       const std::size_t count = std::min(tile_.rows, k - c);
       float* out = z + c * weight_.cols + j;

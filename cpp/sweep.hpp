@@ -39,6 +39,9 @@ class Sweep {
   template <class Element>
   void pack_y(std::size_t panel, std::size_t begin, std::size_t end, std::size_t k, float* y, bool computed);
   template <class Element>
+  void pack_strips(const Element* data, std::size_t stride, std::size_t rows, std::size_t columns,
+                   Element* packed) const;
+  template <class Element>
   void multiply_columns(std::size_t panel, std::size_t begin, std::size_t end, std::size_t k, float* z) const;
   const void* panel_data(std::size_t panel, std::size_t row, std::size_t& stride) const;
 

@@ -221,7 +221,7 @@ def make_plan(
             if tensor.name in chosen:
                 _check_rank(shard.path, tensor, options.rank)
                 specs[tensor.name] = _spec(tensor, chosen[tensor.name], options)
-    adapter, slots = _plan_adapter(checkpoint, chosen, specs, options)
+    adapter, slots = _plan_adapter(checkpoint, decisions, specs, options)
     shards = tuple(ShardPlan(shard, tuple(_steps(shard, specs, slots))) for shard in checkpoint.shards)
     return Plan(
         to=to,
@@ -283,15 +283,15 @@ def _spec(tensor: TensorInfo, decision: Decision, options: SplitOptions) -> Spli
 
 
 def _plan_adapter(
-    checkpoint: Checkpoint, chosen: Mapping[str, Decision], specs: Mapping[str, SplitSpec], options: SplitOptions
+    checkpoint: Checkpoint,
+    decisions: Iterable[Decision],
+    specs: Mapping[str, SplitSpec],
+    options: SplitOptions,
 ) -> tuple[AdapterPlan, dict[str, tuple[TensorInfo, TensorInfo]]]:
+    modules = {decision.tensor: decision.module for decision in decisions}
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
-    modules = []
     for name, spec in specs.items():
-        module = chosen[name].module
-        assert module is not None
-        modules.append(module)
-        a_key, b_key = adapter_keys(module)
+        a_key, b_key = adapter_keys(modules[name])
         tensors += [(a_key, spec.adapter_dtype, spec.a_shape), (b_key, spec.adapter_dtype, spec.b_shape)]
     header, infos = lay_out(tensors, {"format": "pt"})
     slots = {name: (infos[2 * i], infos[2 * i + 1]) for i, name in enumerate(specs)}
@@ -299,9 +299,7 @@ def _plan_adapter(
         rank=options.rank,
         alpha=options.alpha,
         rslora=options.rslora,
-        target_modules=compact_target_modules(
-            {tensor.name.rpartition(".")[0] for tensor in checkpoint.tensors}, set(modules)
-        ),
+        target_modules=compact_target_modules(modules.values(), [modules[name] for name in specs]),
         fan_in_fan_out=any(spec.fan_in_fan_out for spec in specs.values()),
         model_config=dict(checkpoint.config),
     )

@@ -1,43 +1,30 @@
-"""Which weights are split: PEFT's meaning of target modules, decided from names, dtypes and shapes alone.
+"""Which weights are split: PEFT's meaning of target modules, decided from headers alone.
 
-PEFT asks a live model for its `nn.Linear` and `Conv1D` modules; a checkpoint's header only has tensors. A
-two-dimensional floating `X.weight` is a linear layer unless its name says otherwise, and the names below are those of
-the transformers library. Every tensor gets a decision with its reason; nothing is decided by default.
+Every tensor gets a decision with a reason. What PEFT finds by looking at live modules ("all-linear" is every
+nn.Linear and Conv1D except the output head) is told here from names, shapes and config: `architectures` knows
+how. Patterns are matched against run-time module names, as PEFT matches them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from pissa_convert.architectures import Architecture, Kind, kind_of, read_architecture
 from pissa_convert.errors import RequestError
 
 ALL_LINEAR = "all-linear"
-_SPLITTABLE = ("F32", "F16", "BF16")
+SPLITTABLE = ("BF16", "F16", "F32")
 
-_EMBEDDINGS = re.compile(
-    r"(?:embed_tokens|embed_positions|embed_in|embeddings?|\w+_embeddings?|\w+_embed|wte|wpe|shared"
-    r"|relative_attention_bias|embed_tokens_per_layer|position_embeddings_table|lang_embed)"
-)
-_HEADS = re.compile(
-    r"(?:.*\.)?(?:lm_head|embed_out|lm_head\.decoder|cls\.predictions\.decoder|predictions\.decoder"
-    r"|generator_lm_head|vocab_projector|pred_layer\.proj|lm_loss)"
-)
-_CLASSIFIER = re.compile(r"score|classifier")
-_NORMS = re.compile(r"(?:.*_)?(?:norm|layernorm|layer_norm|ln_?\w*)\d*", re.IGNORECASE)
-_EXPERT = re.compile(r"(?:.*\.)?experts(?:\.\d+)?(?:\..*)?")
-_ROUTER = re.compile(r"(?:.*\.)?(?:gate|router|router\.classifier|router\.layer|wg)")
-
-# The model types whose blocks are built from transformers' Conv1D, which stores (in, out), and the layers that are.
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
-_CONV1D_LAYERS = {"c_attn", "c_proj", "c_fc", "q_attn"}
+Tensor = tuple[str, str, tuple[int, ...]]
+Match = Callable[[str], bool]
 
 
 class Action(str, Enum):
-    """What becomes of a tensor."""
+    """What becomes of a tensor; what cannot be done is refused with a RequestError."""
 
     SPLIT = "split"
     COPY = "copy"
@@ -45,184 +32,200 @@ class Action(str, Enum):
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one tensor and why.
+    """What becomes of one tensor.
 
     Attributes:
-        module: name of the linear layer, for a split.
-        fan_in_fan_out: the weight is stored (in, out).
+        tensor: its name in the checkpoint.
+        action: split or copy.
+        reason: why, in a few words.
+        module: run-time name of the module it belongs to, which is what an adapter calls it.
+        fan_in_fan_out: the weight is stored in × out.
     """
 
     tensor: str
     action: Action
     reason: str
-    module: str | None = None
+    module: str
     fan_in_fan_out: bool = False
 
 
 def parse_targets(values: Sequence[str]) -> str | list[str]:
-    """Tell the three forms apart that a command line can give.
+    """Read the words given to --target-modules in the form that PEFT would be given.
 
-    A single "all-linear", or a single value with a regular expression's characters, stays a string, which means what
-    it means to PEFT; anything else is a list of names or name endings.
+    One word is a regular expression if it has such characters (other than the dot, which module names have
+    too) or is "all-linear"; anything else is a list of names and name endings.
     """
-    if len(values) == 1 and (values[0] == ALL_LINEAR or not re.fullmatch(r"[\w.\-]+", values[0])):
+    if len(values) == 1 and (values[0].lower() == ALL_LINEAR or re.search(r"[*+?^$|()\[\]{}\\]", values[0])):
         return values[0]
     return list(values)
 
 
 def decide(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    tensors: Iterable[Tensor],
     config: Mapping[str, Any],
     targets: str | Sequence[str] = ALL_LINEAR,
     exclude: str | Sequence[str] | None = None,
 ) -> tuple[Decision, ...]:
-    """Decide about every tensor, in the given order.
+    """Decide what becomes of every tensor.
 
     Args:
         tensors: (name, safetensors dtype, shape) of each.
         config: the model's config.json.
-        targets: "all-linear", a regular expression for whole module names, or a list of names or name endings.
-        exclude: the same without "all-linear"; wins over `targets`.
-
-    Raises:
-        RequestError: nothing matches, a pattern is no regular expression, or a module was asked for that cannot be
-            split; the message names the tensor.
-    """
-    tensors = list(tensors)
-    _check_not_quantized(config, tensors)
-    chosen = _matcher(targets, "--target-modules") if targets != ALL_LINEAR else None
-    excluded = _matcher(exclude, "--exclude-modules") if exclude else None
-    layout = _Layout(config, tensors)
-    decisions = []
-    for name, dtype, shape in tensors:
-        module = name.removesuffix(".weight")
-        if module == name:
-            decisions.append(Decision(name, Action.COPY, "not a weight matrix"))
-        elif excluded is not None and excluded(module):
-            decisions.append(Decision(name, Action.COPY, "excluded"))
-        elif chosen is None:
-            decisions.append(layout.decide(module, dtype, shape))
-        elif not chosen(module):
-            decisions.append(Decision(name, Action.COPY, "not a target"))
-        else:
-            decisions.append(_insist(layout.decide(module, dtype, shape, explicit=True), dtype, shape))
-    splits = [decision for decision in decisions if decision.action is Action.SPLIT]
-    if not splits:
-        modules = sorted({name.removesuffix(".weight") for name, _, shape in tensors if len(shape) == 2})
-        raise RequestError(
-            "no tensor matches --target-modules",
-            expected=targets if isinstance(targets, str) else " ".join(targets),
-            found=f"modules such as {', '.join(modules[:3])}" if modules else "no weight matrices at all",
-            fix="see --plan for every tensor's decision",
-        )
-    if len({decision.fan_in_fan_out for decision in splits}) > 1:
-        odd = next(decision for decision in splits if not decision.fan_in_fan_out)
-        raise RequestError(
-            "Conv1D and Linear layers cannot share one adapter: PEFT's fan_in_fan_out holds for all of them",
-            tensor=odd.tensor,
-            fix="split one kind, and leave the other out with --exclude-modules",
-        )
-    return tuple(decisions)
-
-
-class _Layout:
-    """What the names of one checkpoint mean."""
-
-    def __init__(self, config: Mapping[str, Any], tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
-        architectures = [str(name) for name in config.get("architectures") or []]
-        self._classifies = any(name.endswith("ForSequenceClassification") for name in architectures)
-        self._tied = bool(config.get("tie_word_embeddings", True))
-        self._conv1d = config.get("model_type") in _CONV1D_MODELS
-        self._has_experts = any(_EXPERT.fullmatch(name.removesuffix(".weight")) for name, _, _ in tensors)
-
-    def decide(self, module: str, dtype: str, shape: tuple[int, ...], explicit: bool = False) -> Decision:
-        name, leaf = f"{module}.weight", module.rpartition(".")[2]
-
-        def copy(reason: str) -> Decision:
-            return Decision(name, Action.COPY, reason)
-
-        if _EXPERT.fullmatch(module) and not _inside_shared_expert(module):
-            return copy("expert of a mixture: transformers fuses experts at load, an adapter of one would not load")
-        if len(shape) > 2:
-            return copy("fused or convolutional: not a matrix")
-        if len(shape) < 2:
-            return copy("norm or vector")
-        if _EMBEDDINGS.fullmatch(leaf):
-            return copy("embedding")
-        if self._has_experts and _ROUTER.fullmatch(module):
-            return copy("router of a mixture: not a linear layer in transformers")
-        if _HEADS.fullmatch(module) and not (explicit and not self._tied):
-            return copy("output head, tied to the embedding" if self._tied else "output head")
-        if self._classifies and _CLASSIFIER.fullmatch(leaf) and "." not in module and not explicit:
-            return copy("classification head")
-        if _NORMS.fullmatch(leaf):
-            return copy("norm")
-        if dtype not in _SPLITTABLE:
-            raise RequestError(
-                "the weight cannot be split in its dtype",
-                tensor=name,
-                expected=" or ".join(_SPLITTABLE),
-                found=dtype,
-                fix="convert the model to bfloat16 first, or leave the module out with --exclude-modules",
-            )
-        stored_in_out = self._conv1d and leaf in _CONV1D_LAYERS
-        return Decision(name, Action.SPLIT, "linear (Conv1D)" if stored_in_out else "linear", module, stored_in_out)
-
-
-def _inside_shared_expert(module: str) -> bool:
-    return re.search(r"(?:^|\.)shared_experts?\.", module) is not None
-
-
-def _insist(decision: Decision, dtype: str, shape: tuple[int, ...]) -> Decision:
-    """A module that was asked for by name is split or refused, never passed over."""
-    if decision.action is Action.COPY:
-        raise RequestError(
-            "the module was asked for, but cannot be split",
-            tensor=decision.tensor,
-            expected="a linear layer",
-            found=f"{decision.reason} ({dtype} {list(shape)})",
-            fix="leave it out with --exclude-modules",
-        )
-    return decision
-
-
-def _check_not_quantized(config: Mapping[str, Any], tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict):
-        raise RequestError(
-            "the model is quantised already",
-            expected="full-precision weights",
-            found=str(quantization.get("quant_method", "quantization_config in config.json")),
-            fix="start from the full-precision model, or dequantise it first",
-        )
-
-
-def _matcher(pattern: str | Sequence[str], option: str) -> Any:
-    if not isinstance(pattern, str):
-        names = set(pattern)
-        return lambda module: module in names or any(module.endswith(f".{name}") for name in names)
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise RequestError(f"{option} is not a regular expression: {error}", found=pattern) from error
-    return lambda module: expression.fullmatch(module) is not None
-
-
-def compact_target_modules(modules: Iterable[str], selected: Collection[str]) -> list[str]:
-    """The shortest list that PEFT expands to exactly the selected modules.
-
-    Args:
-        modules: every module that the checkpoint's tensors belong to.
-        selected: those that are split.
+        targets: "all-linear", a regular expression for whole module names, or names and name endings.
+        exclude: the same, for what to leave alone; wins over `targets`.
 
     Returns:
-        Last components of names where they select nothing else, full names otherwise; sorted.
+        One decision for each tensor, in the given order.
+
+    Raises:
+        RequestError: the model is quantised already, a pattern is no regular expression, a module was asked
+            for that cannot be split, a weight has a dtype that cannot be split, or nothing is left to split.
     """
-    every = set()
-    for module in modules:
-        while module and module not in every:  # containers are modules too
-            every.add(module)
+    known = tuple(tensors)
+    architecture = read_architecture(config, [name for name, _, _ in known])
+    kinds = [kind_of(name, shape, architecture) for name, _, shape in known]
+    _refuse_quantised(known, config)
+    everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    wanted = None if everything else _matcher("--target-modules", targets)
+    unwanted = _matcher("--exclude-modules", exclude) if exclude else lambda module: False
+    if wanted is not None:
+        _refuse_absent_head(known, architecture, wanted, unwanted)
+    decisions = tuple(
+        _decide(tensor, kind, architecture.module(tensor[0]), wanted, unwanted)
+        for tensor, kind in zip(known, kinds, strict=True)
+    )
+    if not any(decision.action is Action.SPLIT for decision in decisions):
+        raise _nothing_left(known, kinds, architecture, targets, exclude)
+    return decisions
+
+
+def _decide(tensor: Tensor, kind: Kind, module: str, wanted: Match | None, unwanted: Match) -> Decision:
+    name, dtype, shape = tensor
+    if unwanted(module):
+        return Decision(name, Action.COPY, "excluded by --exclude-modules", module)
+    if wanted is None and not kind.is_linear:
+        return Decision(name, Action.COPY, kind.value, module)
+    if wanted is not None:
+        if not wanted(module):
+            return Decision(name, Action.COPY, "not among --target-modules", module)
+        if not name.endswith(".weight") and kind not in (Kind.EXPERT, Kind.FUSED_EXPERTS):
+            return Decision(name, Action.COPY, "bias or other parameter of a module", module)
+        if not kind.is_linear and kind is not Kind.HEAD:
+            raise RequestError(
+                f"cannot be split: {kind.value}",
+                tensor=name,
+                found=f"shape {list(shape)}",
+                fix="narrow --target-modules or leave it out with --exclude-modules",
+            )
+    if dtype not in SPLITTABLE:
+        raise RequestError(
+            "the weight cannot be split in its dtype",
+            tensor=name,
+            expected=" or ".join(SPLITTABLE),
+            found=dtype,
+            fix="dequantise or cast the model first, or leave the module out with --exclude-modules",
+        )
+    return Decision(name, Action.SPLIT, kind.value, module, kind is Kind.CONV1D)
+
+
+def _matcher(option: str, given: str | Sequence[str]) -> Match:
+    if not isinstance(given, str):
+        names = tuple(given)
+        return lambda module: any(module == name or module.endswith(f".{name}") for name in names)
+    try:
+        pattern = re.compile(given)
+    except re.error as error:
+        raise RequestError(f"{option} is not a regular expression: {error}", found=given) from error
+    return lambda module: pattern.fullmatch(module) is not None
+
+
+_PACKED = re.compile(r"(.*\.)?(qweight|qzeros|weight_packed|\w+_blocks|weight\.(absmax|quant_map|quant_state\..*)|SCB)")
+
+
+def _refuse_quantised(tensors: Sequence[Tensor], config: Mapping[str, Any]) -> None:
+    for holder in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        quantisation = holder.get("quantization_config")
+        if quantisation:
+            method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+            raise RequestError(
+                "the model is quantised already",
+                expected="full-precision weights",
+                found=f"quantization_config, {method or 'method not named'}",
+                fix="start from the full-precision model, or dequantise it first",
+            )
+    for name, dtype, _ in tensors:
+        if _PACKED.fullmatch(name):
+            raise RequestError(
+                "the weight is quantised already",
+                tensor=name,
+                expected="full-precision weights",
+                found=f"packed {dtype}",
+                fix="start from the full-precision model, or dequantise it first",
+            )
+
+
+def _refuse_absent_head(tensors: Sequence[Tensor], architecture: Architecture, wanted: Match, unwanted: Match) -> None:
+    """A tied head has no tensor of its own, so asking for it would otherwise pass in silence."""
+    head = "lm_head"
+    stored = any(architecture.module(name) == head for name, _, _ in tensors)
+    if architecture.tied and not stored and wanted(head) and not unwanted(head):
+        raise RequestError(
+            f"cannot be split: {Kind.TIED_HEAD.value}",
+            tensor=f"{head}.weight",
+            fix="narrow --target-modules or leave it out with --exclude-modules",
+        )
+
+
+def _nothing_left(
+    tensors: Sequence[Tensor],
+    kinds: Sequence[Kind],
+    architecture: Architecture,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str] | None,
+) -> RequestError:
+    linear = [architecture.module(tensor[0]) for tensor, kind in zip(tensors, kinds, strict=True) if kind.is_linear]
+    if linear:
+        endings = dict.fromkeys(module.rpartition(".")[2] for module in linear)
+        return RequestError(
+            "no weight is left to split",
+            expected=f"modules such as {', '.join([*endings][:8])} (in full {linear[0]})",
+            found=" ".join([_words(targets), "without", _words(exclude)] if exclude else [_words(targets)]),
+            fix="correct --target-modules or --exclude-modules",
+        )
+    doubtful = [tensor[0] for tensor, kind in zip(tensors, kinds, strict=True) if kind is Kind.RENAMED]
+    if doubtful:
+        return RequestError(
+            f"no weight can be split: {Kind.RENAMED.value}",
+            tensor=doubtful[0],
+            found=f"model type {architecture.model_type}",
+        )
+    return RequestError("no weight can be split: the model has no linear layers")
+
+
+def _words(names: str | Sequence[str]) -> str:
+    return names if isinstance(names, str) else " ".join(names)
+
+
+def compact_target_modules(all_modules: Iterable[str], selected: Collection[str]) -> list[str]:
+    """The shortest list of names that PEFT expands to exactly `selected`.
+
+    A last component stands for every module that ends in it; where some of those are not selected, the
+    selected ones are listed in full.
+
+    Args:
+        all_modules: every module that holds a tensor, by run-time name; the containers around them are
+            derived.
+        selected: the modules to name.
+
+    Returns:
+        Names in sorted order.
+    """
+    chosen = set(selected)
+    modules: set[str] = set()
+    for module in (*all_modules, *chosen):
+        while module and module not in modules:
+            modules.add(module)
             module = module.rpartition(".")[0]
-    endings = {module.rpartition(".")[2] for module in selected}
-    hit = {module for module in every if module.rpartition(".")[2] in endings}
-    return sorted(endings if hit == set(selected) else selected)
+    spoilt = {module.rpartition(".")[2] for module in modules - chosen}
+    endings = {module: module.rpartition(".")[2] for module in chosen}
+    return sorted({module if ending in spoilt else ending for module, ending in endings.items()})
