@@ -1,6 +1,7 @@
 // The BLAS and LAPACK entry points in use. Column-major; the symbols carry scipy-openblas32's prefix.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
@@ -29,6 +30,10 @@ void scipy_dsyevr_(const char* jobz, const char* range, const char* uplo, const 
                    const double* vl, const double* vu, const int* il, const int* iu, const double* abstol, int* m,
                    double* w, double* z, const int* ldz, int* isuppz, double* work, const int* lwork, int* iwork,
                    const int* liwork, int* info);
+void scipy_ssyevr_(const char* jobz, const char* range, const char* uplo, const int* n, float* a, const int* lda,
+                   const float* vl, const float* vu, const int* il, const int* iu, const float* abstol, int* m, float* w,
+                   float* z, const int* ldz, int* isuppz, float* work, const int* lwork, int* iwork, const int* liwork,
+                   int* info);
 }
 
 inline int narrow(std::size_t value) { return static_cast<int>(value); }
@@ -66,8 +71,41 @@ inline void solve_left(std::size_t m, std::size_t n, const double* r, std::size_
   scipy_dtrsm_("L", "U", "N", "N", &im, &in, &one, r, &ir, b, &ib);
 }
 
+inline void syevr(const int* n, float* a, const int* first, int* found, float* w, float* z, int* support, float* work,
+                  const int* lwork, int* iwork, const int* liwork, int* info) {
+  const float none = 0;
+  scipy_ssyevr_("V", "I", "U", n, a, n, &none, &none, first, n, &none, found, w, z, n, support, work, lwork, iwork,
+                liwork, info);
+}
+
+inline void syevr(const int* n, double* a, const int* first, int* found, double* w, double* z, int* support,
+                  double* work, const int* lwork, int* iwork, const int* liwork, int* info) {
+  const double none = 0;
+  scipy_dsyevr_("V", "I", "U", n, a, n, &none, &none, first, n, &none, found, w, z, n, support, work, lwork, iwork,
+                liwork, info);
+}
+
 // The `count` largest eigenvalues (descending) of symmetric a (n × n, upper, destroyed) and their vectors (n × count).
 // False where LAPACK reports a failure.
-bool largest_eigenpairs(std::size_t n, double* a, std::size_t count, double* values, double* vectors);
+template <class T>
+bool largest_eigenpairs(std::size_t n, T* a, std::size_t count, double* values, double* vectors) {
+  const int size = narrow(n), first = narrow(n - count + 1), query = -1;
+  std::vector<T> ascending(n), z(n * count);
+  std::vector<int> support(2 * n);
+  int found = 0, info = 0, integers = 0;
+  T reals = 0;
+  syevr(&size, a, &first, &found, ascending.data(), z.data(), support.data(), &reals, &query, &integers, &query, &info);
+  std::vector<T> work(static_cast<std::size_t>(reals) + 1);
+  std::vector<int> iwork(static_cast<std::size_t>(integers));
+  const int lwork = narrow(work.size()), liwork = narrow(iwork.size());
+  syevr(&size, a, &first, &found, ascending.data(), z.data(), support.data(), work.data(), &lwork, iwork.data(), &liwork,
+        &info);
+  if (info != 0 || narrow(count) != found) return false;
+  for (std::size_t i = 0; i < count; ++i) {
+    values[i] = static_cast<double>(ascending[count - 1 - i]);
+    std::copy_n(z.data() + (count - 1 - i) * n, n, vectors + i * n);
+  }
+  return true;
+}
 
 }  // namespace pissa::lapack

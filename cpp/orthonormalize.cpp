@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "lapack.hpp"
 #include "tall.hpp"
@@ -67,16 +68,21 @@ void project_out(ThreadPool& pool, std::size_t n, const float* basis, std::size_
   multiply(pool, n, -1.0f, basis, p, rounded.data(), k, 1.0f, z);
 }
 
-double norm(ThreadPool& pool, std::size_t n, const float* z, std::size_t k) {
+std::vector<double> squared_lengths(ThreadPool& pool, std::size_t n, const float* z, std::size_t k) {
   std::vector<double> squares(k);
   pool.run(k, [&](std::size_t j) {
-    double sum = 0;
-    for (std::size_t i = 0; i < n; ++i) sum += static_cast<double>(z[j * n + i]) * static_cast<double>(z[j * n + i]);
-    squares[j] = sum;
+    double sums[8] = {};  // independent, so that the additions do not wait for each other
+    const float* column = z + j * n;
+    const std::size_t whole = n - n % 8;
+    for (std::size_t i = 0; i < whole; i += 8) {
+      for (std::size_t lane = 0; lane < 8; ++lane) {
+        sums[lane] += static_cast<double>(column[i + lane]) * static_cast<double>(column[i + lane]);
+      }
+    }
+    for (std::size_t i = whole; i < n; ++i) sums[0] += static_cast<double>(column[i]) * static_cast<double>(column[i]);
+    for (const double sum : sums) squares[j] += sum;
   });
-  double sum = 0;
-  for (const double square : squares) sum += square;
-  return std::sqrt(sum);
+  return squares;
 }
 
 }  // namespace
@@ -85,9 +91,12 @@ Extension extend_basis(ThreadPool& pool, std::size_t n, const float* basis, std:
   Extension result;
   result.projection.assign(p * k, 0.0);
   result.remainder.assign(k * k, 0.0);
-  const double before = norm(pool, n, z, k);
+  const std::vector<double> before = squared_lengths(pool, n, z, k);
   project_out(pool, n, basis, p, z, k, result.projection.data());
-  if (norm(pool, n, z, k) <= kExhausted * before) {
+  const std::vector<double> after = squared_lengths(pool, n, z, k);
+  const double total_before = std::accumulate(before.begin(), before.end(), 0.0);
+  const double total_after = std::accumulate(after.begin(), after.end(), 0.0);
+  if (total_after <= kExhausted * kExhausted * total_before) {
     result.exhausted = true;
     return result;
   }
@@ -98,6 +107,8 @@ Extension extend_basis(ThreadPool& pool, std::size_t n, const float* basis, std:
     result.householder = true;
   };
   orthonormalize(first.data());
+  // Without the second projection the loss of orthogonality grows from pass to pass, and copies of converged singular
+  // values appear.
   project_out(pool, n, basis, p, z, k, correction.data());
   orthonormalize(second.data());
   // z_before = basis·(projection + correction·first) + z·(second·first)

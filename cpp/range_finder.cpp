@@ -29,8 +29,8 @@ RangeFinder::RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight&
   sweep_.emplace(kernels, pool, weight, block);
   basis_.block = block;
   basis_.h_rows = (max_passes + 1) * block;
-  basis_.x.resize(weight.cols * basis_.h_rows);
-  basis_.y.resize(weight.rows * block * max_passes);
+  basis_.x = Buffer<float>(weight.cols * basis_.h_rows);
+  basis_.y = Buffer<float>(weight.rows * block * max_passes);
   basis_.h.assign(basis_.h_rows * block * max_passes, 0.0);
   double norm = sketch(1.0f, key);
   if (!(norm > kSmallNorm && norm < kLargeNorm)) {

@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "buffer.hpp"
 #include "sweep.hpp"
 
 namespace pissa {
@@ -26,8 +27,8 @@ struct KrylovBasis {
   int exponent = 0;  // ‖W‖ is near 2^exponent: everything here is of order one
   bool exhausted = false;
   bool householder = false;
-  std::vector<float> x;
-  std::vector<float> y;
+  Buffer<float> x;
+  Buffer<float> y;
   std::vector<double> h;
 
   std::size_t columns() const { return passes * block; }

@@ -9,37 +9,19 @@
 #include "tall.hpp"
 
 namespace pissa {
-namespace lapack {
-
-bool largest_eigenpairs(std::size_t n, double* a, std::size_t count, double* values, double* vectors) {
-  const int size = narrow(n), first = narrow(n - count + 1);
-  const double unused = 0, tolerance = 0;
-  std::vector<double> ascending(n), z(n * count);
-  std::vector<int> support(2 * n);
-  int found = 0, info = 0, query = -1, integers = 0;
-  double reals = 0;
-  scipy_dsyevr_("V", "I", "U", &size, a, &size, &unused, &unused, &first, &size, &tolerance, &found, ascending.data(),
-                z.data(), &size, support.data(), &reals, &query, &integers, &query, &info);
-  std::vector<double> work(static_cast<std::size_t>(reals));
-  std::vector<int> iwork(static_cast<std::size_t>(integers));
-  const int lwork = narrow(work.size()), liwork = narrow(iwork.size());
-  scipy_dsyevr_("V", "I", "U", &size, a, &size, &unused, &unused, &first, &size, &tolerance, &found, ascending.data(),
-                z.data(), &size, support.data(), work.data(), &lwork, iwork.data(), &liwork, &info);
-  if (info != 0 || narrow(count) != found) return false;
-  for (std::size_t i = 0; i < count; ++i) {
-    values[i] = ascending[count - 1 - i];
-    std::copy_n(z.data() + (count - 1 - i) * n, n, vectors + i * n);
-  }
-  return true;
-}
-
-}  // namespace lapack
-
 namespace {
 
 // Columns of Y (scaled to length one) that add less than this to those before are rounding noise of float.
 constexpr double kDependent = 1e-5;
 constexpr double kDependentExact = 1e-7;
+
+// In T's precision; the matrix is kept.
+template <class T>
+bool eigenpairs_of(const std::vector<double>& matrix, std::size_t n, std::size_t count, std::vector<double>& values,
+                   std::vector<double>& vectors) {
+  std::vector<T> destroyed(matrix.begin(), matrix.end());
+  return lapack::largest_eigenpairs(n, destroyed.data(), count, values.data(), vectors.data());
+}
 
 // How much of the Ritz values' sum the first t columns of the orthonormal basis hold: tr((VᵗᵀVᵗ)⁻¹·VᵗᵀMVᵗ) for the
 // first t rows Vᵗ of the Ritz vectors. A lower bound of what Rayleigh–Ritz found there.
@@ -62,15 +44,17 @@ double energy_of_leading(const std::vector<double>& m, std::size_t n, const std:
   return trace;
 }
 
-double estimate_deficit(const std::vector<double>& m, std::size_t n, const std::vector<double>& v, std::size_t rank,
-                        std::size_t block, double energy) {
-  if (n < rank + 2 * block || !(energy > 0)) return 1;
+void estimate_deficit(const std::vector<double>& m, std::size_t n, const std::vector<double>& v, std::size_t rank,
+                      std::size_t block, double energy, RitzTriplets& result) {
+  result.estimated_deficit = result.convergence = 1;
+  if (n < rank + 2 * block || !(energy > 0)) return;
   const double last = energy - energy_of_leading(m, n, v, n - block, rank);
   const double both = energy - energy_of_leading(m, n, v, n - 2 * block, rank);
   const double before = std::max(both - last, 1e-300);
   // The gains of a converging Krylov method shrink; a ratio near one only says that it is too early to tell.
   const double ratio = std::clamp(last / before, 0.05, 0.9);
-  return std::max(0.0, last * ratio / (1 - ratio) / energy);
+  result.convergence = ratio;
+  result.estimated_deficit = std::max(0.0, last * ratio / (1 - ratio) / energy);
 }
 
 }  // namespace
@@ -115,9 +99,8 @@ RitzTriplets rayleigh_ritz(ThreadPool& pool, const KrylovBasis& basis, std::size
   lapack::gemm('T', 'N', n, n, h_used, 1.0, t.data(), h_used, t.data(), h_used, 0.0, m.data(), n);
   const std::size_t found = std::min(rank, n);
   std::vector<double> values(rank, 0.0), vectors(n * rank, 0.0);
-  std::vector<double> destroyed = m;
-  if (!lapack::largest_eigenpairs(n, destroyed.data(), found, values.data(), vectors.data())) {
-    throw std::runtime_error("LAPACK dsyevr did not converge");
+  if (!(exact ? eigenpairs_of<double>(m, n, found, values, vectors) : eigenpairs_of<float>(m, n, found, values, vectors))) {
+    throw std::runtime_error("LAPACK syevr did not converge");
   }
   RitzTriplets result;
   double energy = 0;
@@ -126,7 +109,7 @@ RitzTriplets rayleigh_ritz(ThreadPool& pool, const KrylovBasis& basis, std::size
     energy += value;
     result.sigma.push_back(std::sqrt(value));
   }
-  if (full && !basis.exhausted) result.estimated_deficit = estimate_deficit(m, n, vectors, rank, basis.block, energy);
+  if (full && !basis.exhausted) estimate_deficit(m, n, vectors, rank, basis.block, energy, result);
   result.x_coefficients.resize(h_used * rank);
   lapack::gemm('N', 'N', h_used, rank, n, 1.0, t.data(), h_used, vectors.data(), n, 0.0, result.x_coefficients.data(),
                h_used);

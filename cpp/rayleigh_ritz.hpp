@@ -15,9 +15,10 @@ struct RitzTriplets {
   // Estimate of 1 − Σσ̂²/Σσ² against an exact SVD: how fast the captured energy grew over the last two passes,
   // continued as a geometric series.
   double estimated_deficit = 0;
+  double convergence = 0;  // by which factor a further pass is expected to reduce it
 };
 
-// `exact` sums Y's Gram matrix in double, for weights whose own precision is float's.
+// `exact` sums Y's Gram matrix and solves in double, for weights whose own precision is float's.
 // Throws std::runtime_error where LAPACK fails.
 RitzTriplets rayleigh_ritz(ThreadPool& pool, const KrylovBasis& basis, std::size_t rows, std::size_t rank, bool exact);
 

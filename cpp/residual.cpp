@@ -4,6 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "buffer.hpp"
+
 namespace pissa {
 namespace {
 
@@ -18,7 +20,7 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
                             float norm_scale) {
   const std::size_t strip = tile.vectors * tile.width;
   const std::size_t strips = (weight.cols + strip - 1) / strip;
-  std::vector<Sum> packed(strips * rank * strip);  // [strip][rank][column], as the tile reads it
+  Buffer<Sum> packed(strips * rank * strip);  // [strip][rank][column], as the tile reads it
   pool.run(strips, [&](std::size_t s) {
     for (std::size_t t = 0; t < rank; ++t) {
       for (std::size_t lane = 0; lane < strip; ++lane) {

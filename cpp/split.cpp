@@ -7,6 +7,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "buffer.hpp"
 #include "kernels/scalar.hpp"
 #include "lapack.hpp"
 #include "range_finder.hpp"
@@ -45,8 +46,8 @@ struct Schedule {
 
 // Left singular vectors scaled by nothing, and Wᵀ·left: W ≈ left·(Wᵀ·left)ᵀ.
 struct Factors {
-  std::vector<float> left;   // rows × rank, column-major, orthonormal
-  std::vector<float> right;  // cols × rank, column-major, column i of length σ_i
+  Buffer<float> left;   // rows × rank, column-major, orthonormal
+  Buffer<float> right;  // cols × rank, column-major, column i of length σ_i
   std::vector<double> sigma;
 };
 
@@ -95,8 +96,8 @@ Factors factor_exactly(const Kernels& kernels, const Weight& weight, std::size_t
   }
   Factors factors;
   factors.sigma.resize(rank);
-  factors.left.resize(weight.rows * rank);
-  factors.right.resize(weight.cols * rank);
+  factors.left = Buffer<float>(weight.rows * rank);
+  factors.right = Buffer<float>(weight.cols * rank);
   for (std::size_t i = 0; i < rank; ++i) {
     const double* image = other.data() + i * large;
     factors.sigma[i] = std::sqrt(std::inner_product(image, image + large, image, 0.0));
@@ -130,9 +131,13 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   result.block = schedule.block;
   Factors factors;
   factors.sigma.assign(rank, 0.0);
-  factors.left.assign(weight.rows * rank, 0.0f);
-  factors.right.assign(weight.cols * rank, 0.0f);
-  if (finder.zero()) return factors;
+  factors.left = Buffer<float>(weight.rows * rank);
+  factors.right = Buffer<float>(weight.cols * rank);
+  if (finder.zero()) {
+    std::fill_n(factors.left.data(), factors.left.size(), 0.0f);
+    std::fill_n(factors.right.data(), factors.right.size(), 0.0f);
+    return factors;
+  }
   const bool fixed = request.passes > 0;
   RitzTriplets ritz;
   std::size_t next_check = fixed ? schedule.max_passes : schedule.first_check;
@@ -146,7 +151,10 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     ritz = rayleigh_ritz(pool, finder.basis(), weight.rows, rank, weight.dtype == DType::f32);
     result.ritz_seconds += seconds_since(start);
     if (ritz.estimated_deficit <= kTargetDeficit) break;
-    next_check = finder.basis().passes + (schedule.block == 16 ? 2 : 1);
+    // A check costs as much as a pass or two: the next is where the estimate will have come down, if it goes on so.
+    const double factor = std::log(ritz.estimated_deficit / kTargetDeficit) / -std::log(ritz.convergence);
+    const double ahead = ritz.convergence < 1 ? std::clamp(std::ceil(factor - 0.25), 1.0, 8.0) : 2.0;
+    next_check = std::min(schedule.max_passes, finder.basis().passes + static_cast<std::size_t>(ahead));
   }
   start = Clock::now();
   const KrylovBasis& basis = finder.basis();
@@ -179,8 +187,8 @@ float store(void* place, DType dtype, std::size_t index, float value) {
 }
 
 struct StoredFactors {
-  std::vector<float> left;   // rows × rank, row-major
-  std::vector<float> right;  // rank × cols, row-major
+  Buffer<float> left;   // rows × rank, row-major
+  Buffer<float> right;  // rank × cols, row-major
   bool finite = true;
 };
 
@@ -189,8 +197,8 @@ struct StoredFactors {
 StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const Factors& factors) {
   const std::size_t rows = request.weight.rows, cols = request.weight.cols, rank = request.rank;
   StoredFactors stored;
-  stored.left.resize(rows * rank);
-  stored.right.resize(rank * cols);
+  stored.left = Buffer<float>(rows * rank);
+  stored.right = Buffer<float>(rank * cols);
   std::vector<double> left_scale(rank), right_scale(rank);
   pool.run(rank, [&](std::size_t i) {
     const float* left = factors.left.data() + i * rows;

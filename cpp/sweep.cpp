@@ -60,10 +60,10 @@ Sweep::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std
       panel_rows_(choose_panel_rows(weight)),
       padded_cols_(round_up(weight.cols, tile_.depth)) {
   const std::size_t width = round_up(max_block, 16);
-  if (tile_.depth == 1 && weight.dtype != DType::f32) panel_.resize(panel_rows_ * (weight.cols + 16));
-  packed_x_.resize(padded_cols_ * width / tile_.depth);
-  packed_y_.resize(panel_rows_ * width);
-  sums_.resize(panel_rows_ * width);
+  if (tile_.depth == 1 && weight.dtype != DType::f32) panel_ = Buffer<float>(panel_rows_ * (weight.cols + 16));
+  packed_x_ = Buffer<float>(padded_cols_ * width / tile_.depth);
+  packed_y_ = Buffer<float>(panel_rows_ * width);
+  sums_ = Buffer<float>(panel_rows_ * width);
 }
 
 std::size_t Sweep::workspace_bytes(const Weight& weight, std::size_t max_block) {
@@ -152,8 +152,7 @@ void Sweep::multiply_rows(std::size_t panel, std::size_t begin, std::size_t end,
   // An odd last column has no partner in its row: its products are added one by one below.
   const std::size_t steps = weight_.cols / depth;
   const std::size_t block = std::max<std::size_t>(16, kXBlockBytes / (width * depth * sizeof(Element)));
-  std::fill(sums_.begin() + static_cast<std::ptrdiff_t>(begin * width),
-            sums_.begin() + static_cast<std::ptrdiff_t>(end * width), 0.0f);
+  std::fill(sums_.data() + begin * width, sums_.data() + end * width, 0.0f);
   for (std::size_t at = 0; at < steps; at += block) {
     const std::size_t count = std::min(block, steps - at);
     for (std::size_t group = 0; group < groups.count; ++group) {

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstddef>
-#include <vector>
 
+#include "buffer.hpp"
 #include "kernels/kernels.hpp"
 #include "thread_pool.hpp"
 #include "weight.hpp"
@@ -51,10 +51,10 @@ class Sweep {
   const Tile& tile_;
   std::size_t panel_rows_;
   std::size_t padded_cols_;  // of x's packed form, a multiple of the tile's depth
-  std::vector<float> panel_;  // widened rows, where the operands are float and the weight is not
-  std::vector<float> packed_x_;
-  std::vector<float> packed_y_;
-  std::vector<float> sums_;
+  Buffer<float> panel_;  // widened rows, where the operands are float and the weight is not
+  Buffer<float> packed_x_;
+  Buffer<float> packed_y_;
+  Buffer<float> sums_;
 };
 
 }  // namespace pissa
