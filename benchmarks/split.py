@@ -1,0 +1,182 @@
+"""One matrix's split against PEFT's own layer path, side by side in one run.
+
+    python benchmarks/split.py [--shapes 4096x4096,4096x14336] [--ranks 16,64,128] [--dtypes bfloat16] [--repeat 5]
+                               [--smollm2 FOLDER] [--json FILE]
+
+Peer: what PEFT does for `pissa_niter_N`: W.float(), torch.svd_lowrank(q=r, niter=N), scale, residual, cast back.
+Ours: `--passes auto`, bytes of W in, bytes of W_res, A and B out. Both on the same matrices, interleaved, medians.
+Deficit: 1 − Σσ̂²/Σσ² over the top r, against an exact eigendecomposition of the Gram matrix in double.
+
+The large matrices are made: singular vectors are random; the spectrum is i^-0.4 up to a quarter of the smaller side and
+falls linearly from there to a tenth, which is the shape measured on SmolLM2's linear layers. With --smollm2 the
+linears of layers 0, 10, 20 and 29 of a real checkpoint are measured too (examples/smollm2.py writes one).
+The roofline lines compare with torch's own matrix product and copy on this machine, in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+from safetensors.torch import load_file
+
+from pissa_convert import _core
+from pissa_convert.linalg import SplitSpec, tensor_key
+from pissa_convert.linalg.native import usable_cpus
+
+CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def made(rows: int, cols: int) -> torch.Tensor:
+    """A float32 matrix with a language model's spectrum; Gaussian factors stand in for orthogonal ones."""
+    generator = torch.Generator().manual_seed(rows * 31 + cols)
+    size = min(rows, cols)
+    sigma = torch.arange(1, size + 1, dtype=torch.float32) ** -0.4
+    knee = size // 4
+    sigma[knee:] = sigma[knee] * torch.linspace(1, 0.1, size - knee)
+    left = torch.linalg.qr(torch.randn(rows, size, generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(cols, size, generator=generator))[0]
+    return (left * sigma) @ right.T
+
+
+def exact_energy(weight: torch.Tensor) -> torch.Tensor:
+    """Cumulative sums of the squared singular values, descending."""
+    wide = weight.double() if weight.shape[0] <= weight.shape[1] else weight.double().T
+    return torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp(min=0).cumsum(0)
+
+
+def peer(weight: torch.Tensor, rank: int, niter: int) -> torch.Tensor:
+    """PEFT's steps for one layer; returns the singular values."""
+    full = weight.float()
+    left, sigma, right = torch.svd_lowrank(full, q=rank, niter=niter)
+    a = torch.diag(torch.sqrt(sigma)) @ right.T
+    b = left @ torch.diag(torch.sqrt(sigma))
+    (full - b @ a).to(weight.dtype)
+    return sigma.double()
+
+
+class Ours:
+    """The C++ core on preallocated buffers."""
+
+    def __init__(self) -> None:
+        self.splitter = _core.Splitter(usable_cpus())
+
+    def __call__(self, weight: torch.Tensor, rank: int) -> tuple[float, _core.SplitResult]:
+        rows, cols = weight.shape
+        spec = SplitSpec(rows, cols, CODES[weight.dtype], rank, 1.0, "F32", False, None, tensor_key(0, "benchmark"))
+        work = weight.clone()
+        raw = work.view(torch.int16 if work.itemsize == 2 else torch.int32).numpy()
+        a, b = torch.empty(spec.a_shape).numpy(), torch.empty(spec.b_shape).numpy()
+        started = time.perf_counter()
+        result = self.splitter.split(
+            raw.data, rows, cols, spec.dtype, rank, 1.0, False, a.data, b.data, "F32", 0, spec.key
+        )
+        return time.perf_counter() - started, result
+
+
+def timed(function: Callable[[], object]) -> tuple[float, object]:
+    started = time.perf_counter()
+    value = function()
+    return time.perf_counter() - started, value
+
+
+def matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor]]:
+    for shape in arguments.shapes.split(",") if arguments.shapes else []:
+        rows, cols = map(int, shape.split("x"))
+        yield shape, made(rows, cols)
+    if arguments.smollm2 is None:
+        return
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(arguments.smollm2.glob("*.safetensors")):
+        tensors |= load_file(file)
+    for layer in (0, 10, 20, 29):
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+            yield f"smollm2 {layer}.{name}", tensors[f"model.layers.{layer}.{name}.weight"].float()
+
+
+def roofline(weight: torch.Tensor) -> dict[str, float]:
+    """What this machine does: torch's product in the weight's dtype (GFLOP/s) and a copy of the weight (GB/s)."""
+    operand = torch.ones(weight.shape[1], 1024, dtype=weight.dtype)
+    target = torch.empty_like(weight)
+    product = min(timed(lambda: weight @ operand)[0] for _ in range(3))
+    copy = min(timed(lambda: target.copy_(weight))[0] for _ in range(3))
+    return {
+        "gemm_gflops": 2 * weight.numel() * 1024 / product / 1e9,
+        "copy_gbs": 2 * weight.numel() * weight.itemsize / copy / 1e9,
+    }
+
+
+def measure(
+    name: str, weight: torch.Tensor, energy: torch.Tensor, rank: int, repeat: int, ours: Ours
+) -> dict[str, object]:
+    times: dict[str, list[float]] = {"ours": [], "niter_4": [], "niter_16": []}
+    for _ in range(repeat):
+        seconds, result = ours(weight, rank)
+        times["ours"].append(seconds)
+        deficits = {"ours": 1 - sum(s * s for s in result.singular_values) / float(energy[rank - 1])}
+        for niter in (4, 16):
+            seconds, sigma = timed(lambda niter=niter: peer(weight, rank, niter))
+            times[f"niter_{niter}"].append(seconds)
+            deficits[f"niter_{niter}"] = 1 - float(sigma.square().sum() / energy[rank - 1])  # type: ignore[attr-defined]
+    medians = {key: median(values) for key, values in times.items()}
+    sweeps = 4 * weight.numel() * result.block * result.passes / max(result.sweep_seconds, 1e-9) / 1e9
+    return {
+        "matrix": name,
+        "dtype": CODES[weight.dtype],
+        "rank": rank,
+        "seconds": medians,
+        "faster_than_niter_4": medians["niter_4"] / medians["ours"],
+        "faster_than_niter_16": medians["niter_16"] / medians["ours"],
+        "deficit": deficits,
+        "estimated_deficit": result.estimated_deficit,
+        "passes": result.passes,
+        "phases": {phase: getattr(result, f"{phase}_seconds") for phase in ("sketch", "sweep", "ritz", "residual")},
+        "sweep_gflops": sweeps,
+        **roofline(weight),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="4096x4096,4096x14336,14336x4096,8192x28672")
+    parser.add_argument("--ranks", default="16,64,128")
+    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(usable_cpus())
+    ours = Ours()
+    print(f"kernel {ours.splitter.kernel}, {usable_cpus()} threads, torch {torch.__version__}")
+    print(
+        f"{'matrix':32} {'dtype':5} {'rank':>4} {'ours ms':>8} {'×niter_4':>8} {'×niter_16':>9}"
+        f" {'deficit':>8} {'est.':>7} {'niter_4':>8} {'niter_16':>8} {'GFLOP/s':>8} {'of GEMM':>7}"
+    )
+    rows = []
+    for name, full in matrices(arguments):
+        for dtype in arguments.dtypes.split(","):
+            weight = full.to(getattr(torch, dtype))
+            energy = exact_energy(weight)
+            for rank in map(int, arguments.ranks.split(",")):
+                row = measure(name, weight, energy, rank, arguments.repeat, ours)
+                rows.append(row)
+                deficit = row["deficit"]
+                print(
+                    f"{name:32} {row['dtype']:5} {rank:4} {row['seconds']['ours'] * 1e3:8.1f}"
+                    f" {row['faster_than_niter_4']:8.1f} {row['faster_than_niter_16']:9.1f}"
+                    f" {deficit['ours']:8.3%} {row['estimated_deficit']:7.3%}"
+                    f" {deficit['niter_4']:8.2%} {deficit['niter_16']:8.3%}"
+                    f" {row['sweep_gflops']:8.0f} {row['sweep_gflops'] / row['gemm_gflops']:7.0%}",
+                    flush=True,
+                )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
