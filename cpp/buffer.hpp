@@ -1,47 +1,76 @@
-// Large scratch memory: not initialised, and on huge pages, because touching fresh small pages costs as much as the
-// arithmetic on them.
+// Scratch memory that is used again: touching fresh pages costs as much as the arithmetic on them.
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
-#include <memory>
-#include <new>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <mutex>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 namespace pissa {
 
-template <class T>
-class Buffer {
+// Keeps blocks that are given back for the next taker. Holds never more than was in use at once at some time.
+class Scratch {
  public:
-  Buffer() = default;
-  explicit Buffer(std::size_t count) : size_(count) {
-    constexpr std::size_t kHugePage = 2u << 20;
-    const std::size_t bytes = count * sizeof(T);
-    const std::size_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
-    const std::size_t padded = (bytes + alignment - 1) / alignment * alignment;
-    void* memory = std::aligned_alloc(alignment, padded > 0 ? padded : alignment);
-    if (memory == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-    if (alignment == kHugePage) madvise(memory, padded, MADV_HUGEPAGE);
-#endif
-    data_.reset(static_cast<T*>(memory));
-  }
+  Scratch() = default;
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
 
-  T* data() { return data_.get(); }
-  const T* data() const { return data_.get(); }
-  std::size_t size() const { return size_; }
-  bool empty() const { return size_ == 0; }
-  T& operator[](std::size_t i) { return data_.get()[i]; }
-  const T& operator[](std::size_t i) const { return data_.get()[i]; }
+  struct Block {
+    void* memory = nullptr;
+    std::size_t bytes = 0;
+  };
+  Block take(std::size_t bytes);
+  void give_back(Block block);
 
  private:
-  struct Free {
-    void operator()(T* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<T, Free> data_;
+  void release_down_to(std::size_t bytes);
+
+  std::mutex mutex_;
+  std::vector<Block> idle_;
+  std::size_t used_ = 0, held_ = 0, peak_ = 0;
+};
+
+// An array in scratch memory, not initialised.
+template <class T>
+class Buffer {
+  static_assert(std::is_trivial<T>::value, "scratch memory is never constructed");
+
+ public:
+  Buffer() = default;
+  Buffer(Scratch& scratch, std::size_t count)
+      : scratch_(&scratch), block_(scratch.take(count * sizeof(T))), size_(count) {}
+  Buffer(Buffer&& other) noexcept { swap(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    Buffer taken(std::move(other));
+    swap(taken);
+    return *this;
+  }
+  ~Buffer() {
+    if (scratch_ != nullptr) scratch_->give_back(block_);
+  }
+
+  T* data() { return static_cast<T*>(block_.memory); }
+  const T* data() const { return static_cast<const T*>(block_.memory); }
+  std::size_t size() const { return size_; }
+  bool empty() const { return size_ == 0; }
+  T& operator[](std::size_t i) { return data()[i]; }
+  const T& operator[](std::size_t i) const { return data()[i]; }
+  T* begin() { return data(); }
+  T* end() { return data() + size_; }
+  const T* begin() const { return data(); }
+  const T* end() const { return data() + size_; }
+
+ private:
+  void swap(Buffer& other) noexcept {
+    std::swap(scratch_, other.scratch_);
+    std::swap(block_, other.block_);
+    std::swap(size_, other.size_);
+  }
+
+  Scratch* scratch_ = nullptr;
+  Scratch::Block block_;
   std::size_t size_ = 0;
 };
 

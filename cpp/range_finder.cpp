@@ -29,9 +29,9 @@ RangeFinder::RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight&
   sweep_.emplace(kernels, pool, weight, block);
   basis_.block = block;
   basis_.h_rows = (max_passes + 1) * block;
-  basis_.x = Buffer<float>(weight.cols * basis_.h_rows);
-  basis_.y = Buffer<float>(weight.rows * block * max_passes);
-  basis_.h.assign(basis_.h_rows * block * max_passes, 0.0);
+  basis_.x = Buffer<float>(pool.scratch(), weight.cols * basis_.h_rows);
+  basis_.y = Buffer<float>(pool.scratch(), weight.rows * block * max_passes);
+  basis_.h = Buffer<double>(pool.scratch(), basis_.h_rows * block * max_passes);
   double norm = sketch(1.0f, key);
   if (!(norm > kSmallNorm && norm < kLargeNorm)) {
     // Also where a value is not finite: it leaves no finite norm. The sketch is repeated at the weight's own scale.
@@ -75,6 +75,7 @@ bool RangeFinder::advance() {
     double* column = b.h.data() + (k + c) * b.h_rows;
     std::copy_n(step.projection.data() + c * next, next, column);
     std::copy_n(step.remainder.data() + c * b.block, b.block, column + next);
+    std::fill(column + next + b.block, column + b.h_rows, 0.0);
   }
   b.householder |= step.householder;
   b.exhausted = step.exhausted;

@@ -29,7 +29,7 @@ struct KrylovBasis {
   bool householder = false;
   Buffer<float> x;
   Buffer<float> y;
-  std::vector<double> h;
+  Buffer<double> h;
 
   std::size_t columns() const { return passes * block; }
   // Columns of x that h refers to: an exhausted basis got no further block.

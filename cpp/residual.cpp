@@ -20,7 +20,7 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
                             float norm_scale) {
   const std::size_t strip = tile.vectors * tile.width;
   const std::size_t strips = (weight.cols + strip - 1) / strip;
-  Buffer<Sum> packed(strips * rank * strip);  // [strip][rank][column], as the tile reads it
+  Buffer<Sum> packed(pool.scratch(), strips * rank * strip);  // [strip][rank][column], as the tile reads it
   pool.run(strips, [&](std::size_t s) {
     for (std::size_t t = 0; t < rank; ++t) {
       for (std::size_t lane = 0; lane < strip; ++lane) {
@@ -35,7 +35,7 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
     alignas(64) Sum product[kMaxTileRows * kMaxPiece];
     const std::size_t begin = task * kRowsPerTask;
     const std::size_t end = std::min(weight.rows, begin + kRowsPerTask);
-    std::vector<Sum> a((end - begin) * rank);
+    Buffer<Sum> a(pool.scratch(), (end - begin) * rank);
     for (std::size_t i = 0; i < a.size(); ++i) a[i] = static_cast<Sum>(scaling * static_cast<double>(left[begin * rank + i]));
     for (std::size_t s = 0; s < strips; s += kStripsPerPiece) {
       const std::size_t piece = std::min(kStripsPerPiece, strips - s);

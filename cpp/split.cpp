@@ -54,11 +54,11 @@ struct Factors {
 constexpr std::size_t kExactPiece = 512;
 
 // All singular directions of the smaller side, from its Gram matrix in double.
-Factors factor_exactly(const Kernels& kernels, const Weight& weight, std::size_t rank) {
+Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t rank) {
   const bool wide = weight.rows <= weight.cols;
   const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
   std::vector<float> row(weight.cols);
-  std::vector<double> piece(small * kExactPiece), gram(small * small, 0.0);
+  Buffer<double> piece(pool.scratch(), small * kExactPiece), gram(pool.scratch(), small * small);
   // Column-major small × count: elements [begin, begin + count) of the larger side.
   const auto load = [&](std::size_t begin, std::size_t count) {
     const std::size_t bytes = size_of(weight.dtype);
@@ -79,12 +79,14 @@ Factors factor_exactly(const Kernels& kernels, const Weight& weight, std::size_t
   for (std::size_t at = 0; at < large; at += kExactPiece) {
     const std::size_t count = std::min(kExactPiece, large - at);
     load(at, count);
-    lapack::gemm('N', 'T', small, small, count, 1.0, piece.data(), small, piece.data(), small, 1.0, gram.data(), small);
+    lapack::gemm('N', 'T', small, small, count, 1.0, piece.data(), small, piece.data(), small,
+                 at == 0 ? 0.0 : 1.0, gram.data(), small);
   }
   double trace = 0;
   for (std::size_t i = 0; i < small; ++i) trace += gram[i * small + i];
   if (!std::isfinite(trace)) throw std::domain_error("holds NaN or infinity");
-  std::vector<double> values(rank), vectors(small * rank), other(large * rank);
+  std::vector<double> values(rank);
+  Buffer<double> vectors(pool.scratch(), small * rank), other(pool.scratch(), large * rank);
   if (!lapack::largest_eigenpairs(small, gram.data(), rank, values.data(), vectors.data())) {
     throw std::runtime_error("LAPACK dsyevr did not converge");
   }
@@ -96,8 +98,8 @@ Factors factor_exactly(const Kernels& kernels, const Weight& weight, std::size_t
   }
   Factors factors;
   factors.sigma.resize(rank);
-  factors.left = Buffer<float>(weight.rows * rank);
-  factors.right = Buffer<float>(weight.cols * rank);
+  factors.left = Buffer<float>(pool.scratch(), weight.rows * rank);
+  factors.right = Buffer<float>(pool.scratch(), weight.cols * rank);
   for (std::size_t i = 0; i < rank; ++i) {
     const double* image = other.data() + i * large;
     factors.sigma[i] = std::sqrt(std::inner_product(image, image + large, image, 0.0));
@@ -131,8 +133,8 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   result.block = schedule.block;
   Factors factors;
   factors.sigma.assign(rank, 0.0);
-  factors.left = Buffer<float>(weight.rows * rank);
-  factors.right = Buffer<float>(weight.cols * rank);
+  factors.left = Buffer<float>(pool.scratch(), weight.rows * rank);
+  factors.right = Buffer<float>(pool.scratch(), weight.cols * rank);
   if (finder.zero()) {
     std::fill_n(factors.left.data(), factors.left.size(), 0.0f);
     std::fill_n(factors.right.data(), factors.right.size(), 0.0f);
@@ -197,8 +199,8 @@ struct StoredFactors {
 StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const Factors& factors) {
   const std::size_t rows = request.weight.rows, cols = request.weight.cols, rank = request.rank;
   StoredFactors stored;
-  stored.left = Buffer<float>(rows * rank);
-  stored.right = Buffer<float>(rank * cols);
+  stored.left = Buffer<float>(pool.scratch(), rows * rank);
+  stored.right = Buffer<float>(pool.scratch(), rank * cols);
   std::vector<double> left_scale(rank), right_scale(rank);
   pool.run(rank, [&](std::size_t i) {
     const float* left = factors.left.data() + i * rows;
@@ -251,7 +253,7 @@ SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
   const auto start = Clock::now();
   Factors factors;
   if (schedule.exact) {
-    factors = factor_exactly(kernels, request.weight, request.rank);
+    factors = factor_exactly(kernels, pool, request.weight, request.rank);
     result.ritz_seconds = seconds_since(start);
   } else {
     factors = factor_by_krylov(kernels, pool, request, schedule, result);

@@ -60,10 +60,10 @@ Sweep::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std
       panel_rows_(choose_panel_rows(weight)),
       padded_cols_(round_up(weight.cols, tile_.depth)) {
   const std::size_t width = round_up(max_block, 16);
-  if (tile_.depth == 1 && weight.dtype != DType::f32) panel_ = Buffer<float>(panel_rows_ * (weight.cols + 16));
-  packed_x_ = Buffer<float>(padded_cols_ * width / tile_.depth);
-  packed_y_ = Buffer<float>(panel_rows_ * width);
-  sums_ = Buffer<float>(panel_rows_ * width);
+  if (tile_.depth == 1 && weight.dtype != DType::f32) panel_ = Buffer<float>(pool.scratch(), panel_rows_ * (weight.cols + 16));
+  packed_x_ = Buffer<float>(pool.scratch(), padded_cols_ * width / tile_.depth);
+  packed_y_ = Buffer<float>(pool.scratch(), panel_rows_ * width);
+  sums_ = Buffer<float>(pool.scratch(), panel_rows_ * width);
 }
 
 std::size_t Sweep::workspace_bytes(const Weight& weight, std::size_t max_block) {

@@ -1,8 +1,8 @@
 #include "tall.hpp"
 
 #include <algorithm>
-#include <vector>
 
+#include "buffer.hpp"
 #include "lapack.hpp"
 
 namespace pissa {
@@ -18,8 +18,8 @@ void cross_product(ThreadPool& pool, std::size_t n, const float* a, std::size_t 
                    bool exact, double* c) {
   const std::size_t rows = std::max<std::size_t>(64, (n + kBlocks - 1) / kBlocks);
   const std::size_t blocks = (n + rows - 1) / rows;
-  std::vector<float> partial(exact ? 0 : blocks * p * q);
-  std::vector<double> partial_exact(exact ? blocks * p * q : 0);
+  Buffer<float> partial(pool.scratch(), exact ? 0 : blocks * p * q);
+  Buffer<double> partial_exact(pool.scratch(), exact ? blocks * p * q : 0);
   pool.run(blocks, [&](std::size_t block) {
     const std::size_t begin = block * rows;
     const std::size_t count = std::min(rows, n - begin);
@@ -28,7 +28,7 @@ void cross_product(ThreadPool& pool, std::size_t n, const float* a, std::size_t 
       return;
     }
     constexpr std::size_t kPiece = 256;  // widened a little at a time
-    std::vector<double> wide(kPiece * (p + q));
+    Buffer<double> wide(pool.scratch(), kPiece * (p + q));
     for (std::size_t at = 0; at < count; at += kPiece) {
       const std::size_t size = std::min(kPiece, count - at);
       for (std::size_t j = 0; j < p + q; ++j) {

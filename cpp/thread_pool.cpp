@@ -8,7 +8,7 @@ namespace pissa {
 namespace {
 
 // Phases of a sweep follow each other within microseconds: waiting in the kernel would cost more than the phases.
-constexpr int kSpins = 4000;
+constexpr int kSpins = 8000;
 
 void pause() {
 #if defined(__x86_64__)
@@ -48,7 +48,7 @@ void ThreadPool::run_erased(std::size_t count, Call call, const void* task) {
     busy_.store(workers_.size());
     generation_.fetch_add(1);
   }
-  wake_.notify_all();
+  if (sleeping_.load() > 0) wake_.notify_all();
   drain();
   for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
     if (spins < kSpins) {
@@ -69,7 +69,9 @@ void ThreadPool::work() {
     for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) pause();
     {
       std::unique_lock<std::mutex> lock(mutex_);
+      sleeping_.fetch_add(1);
       wake_.wait(lock, [&] { return generation_.load() != seen; });
+      sleeping_.fetch_sub(1);
       seen = generation_.load();
       if (stopping_) return;
     }

@@ -1,4 +1,4 @@
-// A fixed set of threads that hand out numbered tasks.
+// A fixed set of threads that hand out numbered tasks, and the scratch memory that their work uses again.
 //
 // Which thread runs a task is not determined; callers make each task's result independent of it (fixed partitions,
 // partial results added in the order of their tasks), so that no result depends on the number of threads.
@@ -11,6 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "buffer.hpp"
+
 namespace pissa {
 
 class ThreadPool {
@@ -19,6 +21,8 @@ class ThreadPool {
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
+
+  Scratch& scratch() { return scratch_; }
 
   unsigned size() const { return static_cast<unsigned>(workers_.size()) + 1; }
 
@@ -34,6 +38,7 @@ class ThreadPool {
   void drain();
   void work();
 
+  Scratch scratch_;
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -43,6 +48,7 @@ class ThreadPool {
   std::size_t count_ = 0;
   Call call_ = nullptr;
   const void* task_ = nullptr;
+  std::atomic<int> sleeping_{0};
   bool stopping_ = false;
 };
 

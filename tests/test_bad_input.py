@@ -259,6 +259,8 @@ def test_a_failed_run_leaves_no_traceback_and_no_torch(source: Path, tmp_path: P
     )
     for rank, expected in (("400", 2), ("4", 0)):
         arguments = [str(source), str(tmp_path / "out"), "--to", "pissa", "--rank", rank]
-        run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert run.returncode == expected, run.stderr
         assert "Traceback" not in run.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,7 +282,7 @@ def test_a_rank_beyond_the_matrix_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kernel", _core.kernels())
-def test_every_kernel_gives_the_same_split(kernel: str) -> None:
+def test_every_kernel_gives_the_same_split(kernel: str, tmp_path: Path) -> None:
     """Forced in a process of its own, because the choice is made when the threads start."""
     code = """
 import numpy as np, torch, sys
@@ -298,7 +299,9 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         print(float(1 - energy / exact))
 """
     environment = {**os.environ, "PISSA_CONVERT_KERNEL": kernel, "PYTHONPATH": os.path.dirname(__file__)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert all(float(line) < 3e-3 for line in run.stdout.split())
 
