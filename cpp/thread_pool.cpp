@@ -1,10 +1,5 @@
 #include "thread_pool.hpp"
 
-#if defined(__linux__)
-#include <pthread.h>
-#include <sched.h>
-#endif
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -12,29 +7,14 @@
 namespace pissa {
 namespace {
 
-// Phases of a split follow each other within microseconds: sleeping between them would cost more than they do. About
-// half a millisecond.
-constexpr int kSpins = 30000;
+// Phases of a sweep follow each other within microseconds: waiting in the kernel would cost more than the phases.
+constexpr int kSpins = 8000;
 
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
 #else
   std::this_thread::yield();
-#endif
-}
-
-// Lets a thread run on every CPU that this process may use but the caller's. The kernel likes to wake a thread where its
-// waker runs, and there it would wait for the waker's time slice to end.
-void keep_off_this_cpu(std::thread& thread) {
-#if defined(__linux__)
-  cpu_set_t allowed;
-  const int here = sched_getcpu();
-  if (here < 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
-  CPU_CLR(static_cast<std::size_t>(here), &allowed);
-  pthread_setaffinity_np(thread.native_handle(), sizeof allowed, &allowed);
-#else
-  (void)thread;
 #endif
 }
 
@@ -68,16 +48,15 @@ void ThreadPool::run_erased(std::size_t count, Call call, const void* task) {
     busy_.store(workers_.size());
     generation_.fetch_add(1);
   }
-  if (sleeping_.load() > 0) {
-    for (auto& worker : workers_) keep_off_this_cpu(worker);
-    wake_.notify_all();
-  }
+  if (sleeping_.load() > 0) wake_.notify_all();
   drain();
-  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0 && spins < kSpins; ++spins) pause();
-  if (busy_.load(std::memory_order_acquire) == 0) return;
-  // Sleeping, not yielding: a worker that was woken on this CPU only runs when this thread is off it.
-  std::unique_lock<std::mutex> lock(mutex_);
-  done_.wait(lock, [this] { return busy_.load() == 0; });
+  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+    if (spins < kSpins) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
 }
 
 void ThreadPool::drain() {
@@ -97,10 +76,7 @@ void ThreadPool::work() {
       if (stopping_) return;
     }
     drain();
-    if (busy_.fetch_sub(1) == 1) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      done_.notify_one();
-    }
+    busy_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -42,7 +42,6 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::condition_variable done_;
   std::atomic<std::size_t> generation_{0};
   std::atomic<std::size_t> next_{0};
   std::atomic<std::size_t> busy_{0};
