@@ -12,9 +12,9 @@ void scipy_openblas_set_num_threads(int threads);
 void scipy_sgemm_(const char* transa, const char* transb, const int* m, const int* n, const int* k, const float* alpha,
                   const float* a, const int* lda, const float* b, const int* ldb, const float* beta, float* c,
                   const int* ldc);
-void scipy_dgemm_(const char* transa, const char* transb, const int* m, const int* n, const int* k,
-                  const double* alpha, const double* a, const int* lda, const double* b, const int* ldb,
-                  const double* beta, double* c, const int* ldc);
+void scipy_dgemm_(const char* transa, const char* transb, const int* m, const int* n, const int* k, const double* alpha,
+                  const double* a, const int* lda, const double* b, const int* ldb, const double* beta, double* c,
+                  const int* ldc);
 void scipy_strsm_(const char* side, const char* uplo, const char* trans, const char* diag, const int* m, const int* n,
                   const float* alpha, const float* a, const int* lda, float* b, const int* ldb);
 void scipy_dtrsm_(const char* side, const char* uplo, const char* trans, const char* diag, const int* m, const int* n,
@@ -31,9 +31,9 @@ void scipy_dsyevr_(const char* jobz, const char* range, const char* uplo, const 
                    double* w, double* z, const int* ldz, int* isuppz, double* work, const int* lwork, int* iwork,
                    const int* liwork, int* info);
 void scipy_ssyevr_(const char* jobz, const char* range, const char* uplo, const int* n, float* a, const int* lda,
-                   const float* vl, const float* vu, const int* il, const int* iu, const float* abstol, int* m, float* w,
-                   float* z, const int* ldz, int* isuppz, float* work, const int* lwork, int* iwork, const int* liwork,
-                   int* info);
+                   const float* vl, const float* vu, const int* il, const int* iu, const float* abstol, int* m,
+                   float* w, float* z, const int* ldz, int* isuppz, float* work, const int* lwork, int* iwork,
+                   const int* liwork, int* info);
 }
 
 inline int narrow(std::size_t value) { return static_cast<int>(value); }
@@ -98,8 +98,8 @@ bool largest_eigenpairs(std::size_t n, T* a, std::size_t count, double* values, 
   std::vector<T> work(static_cast<std::size_t>(reals) + 1);
   std::vector<int> iwork(static_cast<std::size_t>(integers));
   const int lwork = narrow(work.size()), liwork = narrow(iwork.size());
-  syevr(&size, a, &first, &found, ascending.data(), z.data(), support.data(), work.data(), &lwork, iwork.data(), &liwork,
-        &info);
+  syevr(&size, a, &first, &found, ascending.data(), z.data(), support.data(), work.data(), &lwork, iwork.data(),
+        &liwork, &info);
   if (info != 0 || narrow(count) != found) return false;
   for (std::size_t i = 0; i < count; ++i) {
     values[i] = static_cast<double>(ascending[count - 1 - i]);

@@ -56,8 +56,8 @@ class Splitter {
                            std::uint64_t key) {
     pissa::SplitRequest request{};
     request.adapter_dtype = parse_dtype(adapter_dtype);
-    request.weight = describe(writable_bytes(weight, rows * cols * size_of(parse_dtype(dtype)), "weight"), dtype,
-                              rows, cols, rank);
+    request.weight =
+        describe(writable_bytes(weight, rows * cols * size_of(parse_dtype(dtype)), "weight"), dtype, rows, cols, rank);
     const std::size_t in = fan_in_fan_out ? rows : cols, out = fan_in_fan_out ? cols : rows;
     request.rank = rank;
     request.scaling = scaling;

@@ -40,8 +40,8 @@ class RangeFinder {
  public:
   // Sketches W. Requires (max_passes + 1)·block ≤ min(rows, cols).
   // Throws std::domain_error where W holds a value that is not finite.
-  RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t block,
-              std::size_t max_passes, std::uint64_t key);
+  RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t block, std::size_t max_passes,
+              std::uint64_t key);
 
   // One more pass. False where there is none: the limit is reached, or the basis holds W's whole range.
   bool advance();

@@ -103,7 +103,8 @@ RitzTriplets rayleigh_ritz(ThreadPool& pool, const KrylovBasis& basis, std::size
   std::vector<double> values(rank, 0.0);
   Buffer<double> vectors(pool.scratch(), n * rank);
   std::fill(vectors.begin(), vectors.end(), 0.0);
-  if (!(exact ? eigenpairs_of<double>(pool.scratch(), m, n, found, values, vectors) : eigenpairs_of<float>(pool.scratch(), m, n, found, values, vectors))) {
+  if (!(exact ? eigenpairs_of<double>(pool.scratch(), m, n, found, values, vectors)
+              : eigenpairs_of<float>(pool.scratch(), m, n, found, values, vectors))) {
     throw std::runtime_error("LAPACK syevr did not converge");
   }
   RitzTriplets result;

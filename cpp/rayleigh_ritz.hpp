@@ -9,7 +9,7 @@
 namespace pissa {
 
 struct RitzTriplets {
-  std::vector<double> sigma;    // descending, in units of 2^exponent
+  std::vector<double> sigma;           // descending, in units of 2^exponent
   std::vector<double> y_coefficients;  // k × rank: left singular vectors U = Y·y_coefficients, orthonormal
   std::vector<double> x_coefficients;  // (k + block) × rank: Wᵀ·U = X·x_coefficients, in units of 2^exponent
   // Estimate of 1 − Σσ̂²/Σσ² against an exact SVD: how fast the captured energy grew over the last two passes,

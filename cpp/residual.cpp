@@ -16,8 +16,7 @@ constexpr std::size_t kMaxTileRows = 16;
 
 template <class Sum>
 ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool& pool, const Weight& weight,
-                            const float* left, const float* right, std::size_t rank, double scaling,
-                            float norm_scale) {
+                            const float* left, const float* right, std::size_t rank, double scaling, float norm_scale) {
   const std::size_t strip = tile.vectors * tile.width;
   const std::size_t strips = (weight.cols + strip - 1) / strip;
   Buffer<Sum> packed(pool.scratch(), strips * rank * strip);  // [strip][rank][column], as the tile reads it
@@ -36,7 +35,8 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
     const std::size_t begin = task * kRowsPerTask;
     const std::size_t end = std::min(weight.rows, begin + kRowsPerTask);
     Buffer<Sum> a(pool.scratch(), (end - begin) * rank);
-    for (std::size_t i = 0; i < a.size(); ++i) a[i] = static_cast<Sum>(scaling * static_cast<double>(left[begin * rank + i]));
+    for (std::size_t i = 0; i < a.size(); ++i)
+      a[i] = static_cast<Sum>(scaling * static_cast<double>(left[begin * rank + i]));
     for (std::size_t s = 0; s < strips; s += kStripsPerPiece) {
       const std::size_t piece = std::min(kStripsPerPiece, strips - s);
       const std::size_t first = s * strip;

@@ -79,8 +79,8 @@ Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& w
   for (std::size_t at = 0; at < large; at += kExactPiece) {
     const std::size_t count = std::min(kExactPiece, large - at);
     load(at, count);
-    lapack::gemm('N', 'T', small, small, count, 1.0, piece.data(), small, piece.data(), small,
-                 at == 0 ? 0.0 : 1.0, gram.data(), small);
+    lapack::gemm('N', 'T', small, small, count, 1.0, piece.data(), small, piece.data(), small, at == 0 ? 0.0 : 1.0,
+                 gram.data(), small);
   }
   double trace = 0;
   for (std::size_t i = 0; i < small; ++i) trace += gram[i * small + i];

@@ -18,8 +18,8 @@ struct SplitRequest {
   double scaling;       // s
   bool fan_in_fan_out;  // the weight is stored in × out
   DType adapter_dtype;
-  void* a;  // rank × in, row-major
-  void* b;  // out × rank, row-major
+  void* a;             // rank × in, row-major
+  void* b;             // out × rank, row-major
   std::size_t passes;  // 0: as many as the estimate asks for
   std::uint64_t key;   // of the random start
 };

@@ -60,7 +60,8 @@ Sweep::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std
       panel_rows_(choose_panel_rows(weight)),
       padded_cols_(round_up(weight.cols, tile_.depth)) {
   const std::size_t width = round_up(max_block, 16);
-  if (tile_.depth == 1 && weight.dtype != DType::f32) panel_ = Buffer<float>(pool.scratch(), panel_rows_ * (weight.cols + 16));
+  if (tile_.depth == 1 && weight.dtype != DType::f32)
+    panel_ = Buffer<float>(pool.scratch(), panel_rows_ * (weight.cols + 16));
   packed_x_ = Buffer<float>(pool.scratch(), padded_cols_ * width / tile_.depth);
   packed_y_ = Buffer<float>(pool.scratch(), panel_rows_ * width);
   sums_ = Buffer<float>(pool.scratch(), panel_rows_ * width);
@@ -102,7 +103,8 @@ void Sweep::run(const float* x, std::size_t k, float x_scale, float* y, float* z
       const std::size_t end = std::min(rows, begin + kRowsPerTask);
       if (!panel_.empty()) {
         for (std::size_t i = begin; i < end; ++i) {
-          const char* row = static_cast<const char*>(weight_.data) + (panel + i) * weight_.cols * size_of(weight_.dtype);
+          const char* row =
+              static_cast<const char*>(weight_.data) + (panel + i) * weight_.cols * size_of(weight_.dtype);
           kernels_.widen(row, weight_.dtype, panel_.data() + i * (weight_.cols + 16), weight_.cols);
         }
       }
@@ -134,7 +136,8 @@ void Sweep::pack_x(const float* x, std::size_t k, float x_scale) {
         const float* column = x + (first + lane) * weight_.cols;
         for (std::size_t j = begin; j < end; ++j) {
           const bool inside = first + lane < k && j < weight_.cols;
-          out[(j / depth * lanes + lane) * depth + j % depth] = inside ? to_element<Element>(column[j] * x_scale) : Element{0};
+          out[(j / depth * lanes + lane) * depth + j % depth] =
+              inside ? to_element<Element>(column[j] * x_scale) : Element{0};
         }
       }
     }

@@ -22,8 +22,8 @@ class Sweep {
 
   static std::size_t workspace_bytes(const Weight& weight, std::size_t max_block);
 
-  // y (rows × k) = round(W·x·x_scale) and z (cols × k) = Wᵀ·y, where x is cols × k. The rounding is to bf16 where the kernel
-  // multiplies bf16, else none; x is rounded likewise. z belongs to exactly the y that is returned.
+  // y (rows × k) = round(W·x·x_scale) and z (cols × k) = Wᵀ·y, where x is cols × k. The rounding is to bf16 where the
+  // kernel multiplies bf16, else none; x is rounded likewise. z belongs to exactly the y that is returned.
   void power_step(const float* x, std::size_t k, float x_scale, float* y, float* z);
 
   // y (rows × k) is rounded in place; z (cols × k) = Wᵀ·y.
@@ -51,7 +51,7 @@ class Sweep {
   const Tile& tile_;
   std::size_t panel_rows_;
   std::size_t padded_cols_;  // of x's packed form, a multiple of the tile's depth
-  Buffer<float> panel_;  // widened rows, where the operands are float and the weight is not
+  Buffer<float> panel_;      // widened rows, where the operands are float and the weight is not
   Buffer<float> packed_x_;
   Buffer<float> packed_y_;
   Buffer<float> sums_;

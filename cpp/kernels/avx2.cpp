@@ -99,16 +99,14 @@ void subtract(void* w, DType dtype, const void* product, std::size_t count, floa
     case DType::f16:
       return subtract_f16(static_cast<std::uint16_t*>(w), static_cast<const float*>(product), count, scale, norms);
     case DType::bf16:
-      return subtract_as<ConvertBf16>(static_cast<std::uint16_t*>(w), static_cast<const float*>(product), count,
-                                      scale, norms);
+      return subtract_as<ConvertBf16>(static_cast<std::uint16_t*>(w), static_cast<const float*>(product), count, scale,
+                                      norms);
   }
 }
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2",     make_tile<Float8, 4, 3>(), make_tile<Double4, 4, 3>(),
-                       nullptr,    widen,
-                       pack_pairs, subtract,
-                       max_magnitude};
+const Kernels kAvx2 = {
+    "avx2", make_tile<Float8, 4, 3>(), make_tile<Double4, 4, 3>(), nullptr, widen, pack_pairs, subtract, max_magnitude};
 
 }  // namespace pissa

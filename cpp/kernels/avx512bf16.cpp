@@ -26,9 +26,8 @@ constexpr Tile kTile = make_tile<Bf16Pair16, 8, 3>();
 
 }  // namespace
 
-const Kernels kAvx512Bf16 = {"avx512bf16", make_tile<Float16, 8, 3>(), make_tile<Double8, 8, 3>(),
-                             &kTile,       widen,
-                             pack_pairs,   subtract,
-                             max_magnitude};
+const Kernels kAvx512Bf16 = {
+    "avx512bf16", make_tile<Float16, 8, 3>(), make_tile<Double8, 8, 3>(), &kTile, widen, pack_pairs, subtract,
+    max_magnitude};
 
 }  // namespace pissa

@@ -12,8 +12,8 @@ std::vector<const Kernels*> available_kernels() {
   // __builtin_cpu_supports also asks whether the operating system saves the registers.
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     kernels.push_back(&kAvx2);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
       kernels.push_back(&kAvx512);
       if (__builtin_cpu_supports("avx512bf16")) kernels.push_back(&kAvx512Bf16);
     }

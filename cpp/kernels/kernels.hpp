@@ -22,8 +22,8 @@ namespace pissa {
 // as [step][column][depth]; C is float, or double for the operand type double.
 struct Tile {
   std::size_t depth;
-  std::size_t width;    // columns per vector
-  std::size_t rows;     // largest tile
+  std::size_t width;  // columns per vector
+  std::size_t rows;   // largest tile
   std::size_t vectors;
   void (*accumulate)(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
                      std::size_t c_row, std::size_t rows, std::size_t vectors);

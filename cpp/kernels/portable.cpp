@@ -51,16 +51,20 @@ void subtract(void* w, DType dtype, const void* product, std::size_t count, floa
       return subtract_as<ConvertF16>(static_cast<std::uint16_t*>(w), static_cast<const float*>(product), count, scale,
                                      norms);
     case DType::bf16:
-      return subtract_as<ConvertBf16>(static_cast<std::uint16_t*>(w), static_cast<const float*>(product), count,
-                                      scale, norms);
+      return subtract_as<ConvertBf16>(static_cast<std::uint16_t*>(w), static_cast<const float*>(product), count, scale,
+                                      norms);
   }
 }
 
 }  // namespace
 
-const Kernels kPortable = {"portable", make_tile<Plain<float>, 2, 2>(), make_tile<Plain<double>, 2, 2>(),
-                           nullptr,    widen,
-                           pack_pairs, subtract,
+const Kernels kPortable = {"portable",
+                           make_tile<Plain<float>, 2, 2>(),
+                           make_tile<Plain<double>, 2, 2>(),
+                           nullptr,
+                           widen,
+                           pack_pairs,
+                           subtract,
                            max_magnitude};
 
 }  // namespace pissa

@@ -76,8 +76,8 @@ inline float widen_one(const void* src, DType dtype, std::size_t i) {
   return dtype == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
 }
 
-void pack_pairs(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns,
-                std::size_t width, std::uint16_t* dst) {
+void pack_pairs(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns, std::size_t width,
+                std::uint16_t* dst) {
   for (std::size_t i = 0; i < rows; i += 2) {
     const std::uint16_t* even = src + i * stride;
     const std::uint16_t* odd = even + stride;
@@ -93,8 +93,7 @@ void pack_pairs(const std::uint16_t* src, std::size_t stride, std::size_t rows, 
 
 // One row piece of the residual. `Convert` turns stored bits into float and back.
 template <class Convert, class Product>
-void subtract_as(typename Convert::Bits* w, const Product* product, std::size_t count, float scale,
-                 TileNorms& norms) {
+void subtract_as(typename Convert::Bits* w, const Product* product, std::size_t count, float scale, TileNorms& norms) {
   constexpr std::size_t kLanes = 16;  // independent sums, so that the loop has no serial dependence
   Product weight[kLanes] = {};
   Product error[kLanes] = {};

@@ -15,14 +15,12 @@ struct Shape {
   std::size_t rows, cols, k;
 };
 
-const Shape kShapes[] = {{1, 1, 1},     {1, 70, 3},    {70, 1, 2},    {2, 2, 8},     {33, 65, 16},   {64, 48, 17},
+const Shape kShapes[] = {{1, 1, 1},     {1, 70, 3},    {70, 1, 2},     {2, 2, 8},      {33, 65, 16},   {64, 48, 17},
                          {65, 129, 32}, {131, 97, 40}, {300, 259, 64}, {259, 300, 16}, {96, 1024, 33}, {530, 77, 100}};
 const DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
 
 // How far `found` is from `expected`, in units of what may be.
-double excess(double found, double expected, double allowed) {
-  return std::fabs(found - expected) / (allowed + 1e-30);
-}
+double excess(double found, double expected, double allowed) { return std::fabs(found - expected) / (allowed + 1e-30); }
 
 void check_power_step(const Kernels& kernels, DType dtype, const Shape& s) {
   TestWeight w(dtype, s.rows, s.cols, 1);
@@ -79,8 +77,7 @@ void check_residual(const Kernels& kernels, DType dtype, const Shape& s) {
   for (unsigned threads = 1; threads <= 3; ++threads) {
     TestWeight w(dtype, s.rows, s.cols, 1);
     ThreadPool pool(threads);
-    const ResidualNorms norms =
-        subtract_product(kernels, pool, w.weight, left.data(), right.data(), rank, 0.75, 0.25f);
+    const ResidualNorms norms = subtract_product(kernels, pool, w.weight, left.data(), right.data(), rank, 0.75, 0.25f);
     if (threads > 1) {
       CHECK(w.bytes == first, "%s %s: %u threads change the residual", kernels.name, name_of(dtype), threads);
       continue;

@@ -28,9 +28,9 @@ Output run(const Case& c, DType dtype, DType adapter_dtype, bool fan_in_fan_out,
   output.a.resize(c.rank * in * size_of(adapter_dtype));
   output.b.resize(c.rank * out * size_of(adapter_dtype));
   ThreadPool pool(threads);
-  output.result = split(
-      select_kernels(), pool,
-      {w.weight, c.rank, 0.5, fan_in_fan_out, adapter_dtype, output.a.data(), output.b.data(), c.passes, 42});
+  output.result =
+      split(select_kernels(), pool,
+            {w.weight, c.rank, 0.5, fan_in_fan_out, adapter_dtype, output.a.data(), output.b.data(), c.passes, 42});
   output.residual = w.bytes;
   return output;
 }
