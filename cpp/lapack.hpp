@@ -26,14 +26,20 @@ void scipy_sgeqrf_(const int* m, const int* n, float* a, const int* lda, float* 
                    int* info);
 void scipy_sorgqr_(const int* m, const int* n, const int* k, float* a, const int* lda, const float* tau, float* work,
                    const int* lwork, int* info);
-void scipy_dsyevr_(const char* jobz, const char* range, const char* uplo, const int* n, double* a, const int* lda,
-                   const double* vl, const double* vu, const int* il, const int* iu, const double* abstol, int* m,
-                   double* w, double* z, const int* ldz, int* isuppz, double* work, const int* lwork, int* iwork,
-                   const int* liwork, int* info);
-void scipy_ssyevr_(const char* jobz, const char* range, const char* uplo, const int* n, float* a, const int* lda,
-                   const float* vl, const float* vu, const int* il, const int* iu, const float* abstol, int* m,
-                   float* w, float* z, const int* ldz, int* isuppz, float* work, const int* lwork, int* iwork,
-                   const int* liwork, int* info);
+void scipy_ssytrd_(const char* uplo, const int* n, float* a, const int* lda, float* d, float* e, float* tau,
+                   float* work, const int* lwork, int* info);
+void scipy_dsytrd_(const char* uplo, const int* n, double* a, const int* lda, double* d, double* e, double* tau,
+                   double* work, const int* lwork, int* info);
+void scipy_sstedc_(const char* compz, const int* n, float* d, float* e, float* z, const int* ldz, float* work,
+                   const int* lwork, int* iwork, const int* liwork, int* info);
+void scipy_dstedc_(const char* compz, const int* n, double* d, double* e, double* z, const int* ldz, double* work,
+                   const int* lwork, int* iwork, const int* liwork, int* info);
+void scipy_sormtr_(const char* side, const char* uplo, const char* trans, const int* m, const int* n, const float* a,
+                   const int* lda, const float* tau, float* c, const int* ldc, float* work, const int* lwork,
+                   int* info);
+void scipy_dormtr_(const char* side, const char* uplo, const char* trans, const int* m, const int* n, const double* a,
+                   const int* lda, const double* tau, double* c, const int* ldc, double* work, const int* lwork,
+                   int* info);
 }
 
 inline int narrow(std::size_t value) { return static_cast<int>(value); }
@@ -51,59 +57,71 @@ inline void gemm(char transa, char transb, std::size_t m, std::size_t n, std::si
   scipy_dgemm_(&transa, &transb, &im, &in, &ik, &alpha, a, &ia, b, &ib, &beta, c, &ic);
 }
 
-// b (m × n) = b·r⁻¹, r upper triangular.
-inline void solve_right(std::size_t m, std::size_t n, const float* r, std::size_t ldr, float* b, std::size_t ldb) {
-  const int im = narrow(m), in = narrow(n), ir = narrow(ldr), ib = narrow(ldb);
+inline void trsm(char side, char trans, const int* m, const int* n, const float* r, const int* ldr, float* b,
+                 const int* ldb) {
   const float one = 1;
-  scipy_strsm_("R", "U", "N", "N", &im, &in, &one, r, &ir, b, &ib);
+  scipy_strsm_(&side, "U", &trans, "N", m, n, &one, r, ldr, b, ldb);
 }
 
-inline void solve_right(std::size_t m, std::size_t n, const double* r, std::size_t ldr, double* b, std::size_t ldb) {
-  const int im = narrow(m), in = narrow(n), ir = narrow(ldr), ib = narrow(ldb);
+inline void trsm(char side, char trans, const int* m, const int* n, const double* r, const int* ldr, double* b,
+                 const int* ldb) {
   const double one = 1;
-  scipy_dtrsm_("R", "U", "N", "N", &im, &in, &one, r, &ir, b, &ib);
+  scipy_dtrsm_(&side, "U", &trans, "N", m, n, &one, r, ldr, b, ldb);
 }
 
-// b (m × n) = r⁻¹·b, r upper triangular m × m.
-inline void solve_left(std::size_t m, std::size_t n, const double* r, std::size_t ldr, double* b, std::size_t ldb) {
+// b (m × n) = b·r⁻¹, r upper triangular n × n.
+template <class T>
+void solve_right(std::size_t m, std::size_t n, const T* r, std::size_t ldr, T* b, std::size_t ldb) {
   const int im = narrow(m), in = narrow(n), ir = narrow(ldr), ib = narrow(ldb);
-  const double one = 1;
-  scipy_dtrsm_("L", "U", "N", "N", &im, &in, &one, r, &ir, b, &ib);
+  trsm('R', 'N', &im, &in, r, &ir, b, &ib);
 }
 
-inline void syevr(const int* n, float* a, const int* first, int* found, float* w, float* z, int* support, float* work,
-                  const int* lwork, int* iwork, const int* liwork, int* info) {
-  const float none = 0;
-  scipy_ssyevr_("V", "I", "U", n, a, n, &none, &none, first, n, &none, found, w, z, n, support, work, lwork, iwork,
-                liwork, info);
+// b (m × n) = r⁻¹·b, or r⁻ᵀ·b with `trans` 'T', r upper triangular m × m.
+template <class T>
+void solve_left(char trans, std::size_t m, std::size_t n, const T* r, std::size_t ldr, T* b, std::size_t ldb) {
+  const int im = narrow(m), in = narrow(n), ir = narrow(ldr), ib = narrow(ldb);
+  trsm('L', trans, &im, &in, r, &ir, b, &ib);
 }
 
-inline void syevr(const int* n, double* a, const int* first, int* found, double* w, double* z, int* support,
-                  double* work, const int* lwork, int* iwork, const int* liwork, int* info) {
-  const double none = 0;
-  scipy_dsyevr_("V", "I", "U", n, a, n, &none, &none, first, n, &none, found, w, z, n, support, work, lwork, iwork,
-                liwork, info);
-}
+template <class T>
+struct Tridiagonal;  // LAPACK's names for T
+template <>
+struct Tridiagonal<float> {
+  static constexpr auto reduce = scipy_ssytrd_;
+  static constexpr auto solve = scipy_sstedc_;
+  static constexpr auto transform = scipy_sormtr_;
+};
+template <>
+struct Tridiagonal<double> {
+  static constexpr auto reduce = scipy_dsytrd_;
+  static constexpr auto solve = scipy_dstedc_;
+  static constexpr auto transform = scipy_dormtr_;
+};
 
 // The `count` largest eigenvalues (descending) of symmetric a (n × n, upper, destroyed) and their vectors (n × count).
 // False where LAPACK reports a failure.
+//
+// By divide and conquer of the tridiagonal form, of which only the wanted vectors are transformed back: at these sizes
+// two to three times faster than `syevr`, whose bisection and inverse iteration take most of its time.
 template <class T>
-bool largest_eigenpairs(std::size_t n, T* a, std::size_t count, double* values, double* vectors) {
-  const int size = narrow(n), first = narrow(n - count + 1), query = -1;
-  std::vector<T> ascending(n), z(n * count);
-  std::vector<int> support(2 * n);
-  int found = 0, info = 0, integers = 0;
-  T reals = 0;
-  syevr(&size, a, &first, &found, ascending.data(), z.data(), support.data(), &reals, &query, &integers, &query, &info);
-  std::vector<T> work(static_cast<std::size_t>(reals) + 1);
-  std::vector<int> iwork(static_cast<std::size_t>(integers));
+bool largest_eigenpairs(std::size_t n, T* a, std::size_t count, double* values, T* vectors) {
+  const int size = narrow(n), wanted = narrow(count);
+  std::vector<T> d(n), e(n), tau(n), z(n * n), work(std::max<std::size_t>(64 * n, 1 + 4 * n + n * n));
+  std::vector<int> iwork(3 + 5 * n);
   const int lwork = narrow(work.size()), liwork = narrow(iwork.size());
-  syevr(&size, a, &first, &found, ascending.data(), z.data(), support.data(), work.data(), &lwork, iwork.data(),
-        &liwork, &info);
-  if (info != 0 || narrow(count) != found) return false;
+  int info = 0;
+  Tridiagonal<T>::reduce("U", &size, a, &size, d.data(), e.data(), tau.data(), work.data(), &lwork, &info);
+  if (info != 0) return false;
+  Tridiagonal<T>::solve("I", &size, d.data(), e.data(), z.data(), &size, work.data(), &lwork, iwork.data(), &liwork,
+                        &info);
+  if (info != 0) return false;
+  T* last = z.data() + (n - count) * n;
+  Tridiagonal<T>::transform("L", "U", "N", &size, &wanted, a, &size, tau.data(), last, &size, work.data(), &lwork,
+                            &info);
+  if (info != 0) return false;
   for (std::size_t i = 0; i < count; ++i) {
-    values[i] = static_cast<double>(ascending[count - 1 - i]);
-    std::copy_n(z.data() + (count - 1 - i) * n, n, vectors + i * n);
+    values[i] = static_cast<double>(d[n - 1 - i]);
+    std::copy_n(z.data() + (n - 1 - i) * n, n, vectors + i * n);
   }
   return true;
 }

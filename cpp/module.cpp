@@ -72,6 +72,11 @@ class Splitter {
     return pissa::split(kernels_, pool_, request);
   }
 
+  std::size_t workspace_bytes(std::size_t rows, std::size_t cols, const std::string& dtype, std::size_t rank,
+                              std::size_t passes) const {
+    return pissa::split_workspace_bytes(describe(nullptr, dtype, rows, cols, rank), rank, passes, pool_.size());
+  }
+
   std::string kernel() const { return kernels_.name; }
 
  private:
@@ -92,7 +97,6 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("passes", &pissa::SplitResult::passes)
       .def_readonly("block", &pissa::SplitResult::block)
       .def_readonly("householder", &pissa::SplitResult::householder)
-      .def_readonly("sketch_seconds", &pissa::SplitResult::sketch_seconds)
       .def_readonly("sweep_seconds", &pissa::SplitResult::sweep_seconds)
       .def_readonly("ritz_seconds", &pissa::SplitResult::ritz_seconds)
       .def_readonly("residual_seconds", &pissa::SplitResult::residual_seconds);
@@ -101,13 +105,9 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("kernel", &Splitter::kernel)
       .def("split", &Splitter::split, py::arg("weight"), py::arg("rows"), py::arg("cols"), py::arg("dtype"),
            py::arg("rank"), py::arg("scaling"), py::arg("fan_in_fan_out"), py::arg("a"), py::arg("b"),
-           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"));
-  m.def(
-      "workspace_bytes",
-      [](std::size_t rows, std::size_t cols, const std::string& dtype, std::size_t rank, std::size_t passes) {
-        return pissa::split_workspace_bytes(describe(nullptr, dtype, rows, cols, rank), rank, passes);
-      },
-      py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("rank"), py::arg("passes"));
+           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"))
+      .def("workspace_bytes", &Splitter::workspace_bytes, py::arg("rows"), py::arg("cols"), py::arg("dtype"),
+           py::arg("rank"), py::arg("passes"));
   m.def("kernels", [] {
     std::vector<std::string> names;
     for (const pissa::Kernels* kernels : pissa::available_kernels()) names.emplace_back(kernels->name);

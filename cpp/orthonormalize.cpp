@@ -2,9 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
+#include <optional>
+#include <utility>
 
 #include "lapack.hpp"
+#include "packing.hpp"
 #include "tall.hpp"
 
 namespace pissa {
@@ -14,12 +18,17 @@ namespace {
 // is meaningful down to a diagonal of about the square root of it.
 constexpr double kSmallestDiagonal = 1e-2;
 // What projection leaves of a block that lies in the basis: the rounding of float.
-constexpr double kExhausted = 3e-6;
+constexpr double kExhausted = 1e-6;
+// Of a column's square, below which what is left of it is not taken from a difference.
+constexpr double kCancellation = 1.0 / 64;
+constexpr int kMaxRounds = 6;
 
-// z = q·r by Cholesky QR; r (k × k upper). False where the columns are too dependent for it; z is then unchanged.
-bool cholesky_qr(ThreadPool& pool, std::size_t n, float* z, std::size_t k, double* r) {
-  std::vector<double> gram(k * k);
-  cross_product(pool, n, z, k, z, k, false, gram.data());
+// gram (k × k, destroyed) = rᵀ·r, r upper triangular, and r's inverse. False where the columns are too dependent for
+// it.
+//
+// A product with the inverse is several times faster than a triangular solve so narrow, and as accurate for a triangle
+// this well conditioned.
+bool cholesky(std::size_t k, std::vector<double>& gram, std::vector<double>& r, std::vector<double>& inverse) {
   std::vector<double> length(k);
   for (std::size_t j = 0; j < k; ++j) {
     length[j] = std::sqrt(gram[j * k + j]);
@@ -32,91 +41,179 @@ bool cholesky_qr(ThreadPool& pool, std::size_t n, float* z, std::size_t k, doubl
   int info = 0;
   lapack::scipy_dpotrf_("U", &size, gram.data(), &size, &info);
   if (info != 0) return false;
-  std::vector<float> factor(k * k, 0.0f);
+  std::fill(inverse.begin(), inverse.end(), 0.0);
   for (std::size_t j = 0; j < k; ++j) {
     if (gram[j * k + j] < kSmallestDiagonal) return false;
-    for (std::size_t i = 0; i < k; ++i) {
-      r[j * k + i] = i <= j ? gram[j * k + i] * length[j] : 0.0;
-      factor[j * k + i] = static_cast<float>(r[j * k + i]);
-    }
+    for (std::size_t i = 0; i < k; ++i) r[j * k + i] = i <= j ? gram[j * k + i] * length[j] : 0.0;
+    inverse[j * k + j] = 1;
   }
-  constexpr std::size_t kRows = 512;
-  pool.run((n + kRows - 1) / kRows, [&](std::size_t block) {
-    const std::size_t begin = block * kRows;
-    lapack::solve_right(std::min(kRows, n - begin), k, factor.data(), k, z + begin, n);
-  });
+  lapack::solve_right(k, k, r.data(), k, inverse.data(), k);
   return true;
 }
 
-void householder_qr(std::size_t n, float* z, std::size_t k, double* r) {
-  const int rows = lapack::narrow(n), columns = lapack::narrow(k);
+void householder_qr(ThreadPool& pool, std::size_t n, float* z, std::size_t k, double* r) {
+  Buffer<float> columns(pool.scratch(), n * k);
+  for (std::size_t i = 0; i < n; ++i) {
+    for (std::size_t j = 0; j < k; ++j) columns[j * n + i] = z[i * k + j];
+  }
+  const int rows = lapack::narrow(n), count = lapack::narrow(k);
   std::vector<float> tau(k), work(64 * k);
   const int size = lapack::narrow(work.size());
   int info = 0;
-  lapack::scipy_sgeqrf_(&rows, &columns, z, &rows, tau.data(), work.data(), &size, &info);
+  lapack::scipy_sgeqrf_(&rows, &count, columns.data(), &rows, tau.data(), work.data(), &size, &info);
   for (std::size_t j = 0; j < k; ++j) {
-    for (std::size_t i = 0; i < k; ++i) r[j * k + i] = i <= j ? static_cast<double>(z[j * n + i]) : 0.0;
+    for (std::size_t i = 0; i < k; ++i) r[j * k + i] = i <= j ? static_cast<double>(columns[j * n + i]) : 0.0;
   }
-  lapack::scipy_sorgqr_(&rows, &columns, &columns, z, &rows, tau.data(), work.data(), &size, &info);
+  lapack::scipy_sorgqr_(&rows, &count, &count, columns.data(), &rows, tau.data(), work.data(), &size, &info);
+  for (std::size_t i = 0; i < n; ++i) {
+    for (std::size_t j = 0; j < k; ++j) z[i * k + j] = columns[j * n + i];
+  }
 }
 
-void project_out(ThreadPool& pool, std::size_t n, const float* basis, std::size_t p, float* z, std::size_t k,
-                 double* coefficients) {
-  if (p == 0) return;
-  cross_product(pool, n, basis, p, z, k, false, coefficients);
-  std::vector<float> rounded(coefficients, coefficients + p * k);
-  multiply(pool, n, -1.0f, basis, p, rounded.data(), k, 1.0f, z);
-}
-
-std::vector<double> squared_lengths(ThreadPool& pool, std::size_t n, const float* z, std::size_t k) {
-  std::vector<double> squares(k);
-  pool.run(k, [&](std::size_t j) {
-    double sums[8] = {};  // independent, so that the additions do not wait for each other
-    const float* column = z + j * n;
-    const std::size_t whole = n - n % 8;
-    for (std::size_t i = 0; i < whole; i += 8) {
-      for (std::size_t lane = 0; lane < 8; ++lane) {
-        sums[lane] += static_cast<double>(column[i + lane]) * static_cast<double>(column[i + lane]);
+// A block on its way into the basis: z in float, and rounded in its columns of x.
+template <class Element>
+struct Candidate {
+  // z ← z·inverse − basis·taken over the q columns before it, in one pass; without an inverse z itself. `taken` becomes
+  // what it was rounded to.
+  void update(const double* inverse, std::size_t q, std::vector<double>& taken) {
+    for (double& value : taken) value = static_cast<double>(to_float(to_element<Element>(static_cast<float>(value))));
+    std::vector<double> negative(taken.size());
+    std::transform(taken.begin(), taken.end(), negative.begin(), std::negate<>());
+    std::optional<RightFactor<float>> triangle;
+    if (inverse != nullptr) triangle.emplace(kernels, pool, k, inverse, k);
+    std::optional<RightFactor<Element>> components;
+    if (q > 0) components.emplace(kernels, pool, q, negative.data(), k);
+    for_row_ranges([&](std::size_t begin, std::size_t rows) {
+      float* out = spare + begin * k;
+      if (triangle) {
+        std::fill_n(out, rows * k, 0.0f);
+        triangle->add_product(z + begin * k, k, rows, out, k);
+      } else {
+        std::copy_n(z + begin * k, rows * k, out);
       }
-    }
-    for (std::size_t i = whole; i < n; ++i) sums[0] += static_cast<double>(column[i]) * static_cast<double>(column[i]);
-    for (const double sum : sums) squares[j] += sum;
-  });
-  return squares;
+      if (components) components->add_product(block + begin * stride - q, stride, rows, out, k);
+      round_rows(out, begin, rows);
+    });
+    std::swap(z, spare);
+  }
+
+  void round() {
+    for_row_ranges([&](std::size_t begin, std::size_t rows) { round_rows(z + begin * k, begin, rows); });
+  }
+
+  // [the q columns before it, block]ᵀ·block, (q + k) × k.
+  void products(std::size_t q, std::vector<double>& result) {
+    result.resize((q + k) * k);
+    cross_product(kernels, pool, n, block - q, q + k, block, k, stride, result.data());
+  }
+
+  template <class Task>
+  void for_row_ranges(const Task& task) {
+    pool.run((n + kRowsPerProduct - 1) / kRowsPerProduct, [&](std::size_t index) {
+      const std::size_t begin = index * kRowsPerProduct;
+      task(begin, std::min(kRowsPerProduct, n - begin));
+    });
+  }
+
+  void round_rows(const float* from, std::size_t begin, std::size_t rows) {
+    for (std::size_t i = 0; i < rows; ++i) round_to(kernels, from + i * k, block + (begin + i) * stride, k);
+  }
+
+  const Kernels& kernels;
+  ThreadPool& pool;
+  std::size_t n, k;
+  Element* block;
+  std::size_t stride;
+  float* z;
+  float* spare;
+};
+
+double trace(const std::vector<double>& matrix, std::size_t k) {
+  double sum = 0;
+  for (std::size_t j = 0; j < k; ++j) sum += matrix[j * k + j];
+  return sum;
 }
 
 }  // namespace
 
-Extension extend_basis(ThreadPool& pool, std::size_t n, const float* basis, std::size_t p, float* z, std::size_t k) {
+template <class Element>
+Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, Element* x, std::size_t stride,
+                       std::size_t p, std::size_t recent, float* z, std::size_t k) {
+  Buffer<float> spare(pool.scratch(), n * k);
+  Candidate<Element> candidate{kernels, pool, n, k, x + p, stride, z, spare.data()};
   Extension result;
   result.projection.assign(p * k, 0.0);
   result.remainder.assign(k * k, 0.0);
-  const std::vector<double> before = squared_lengths(pool, n, z, k);
-  project_out(pool, n, basis, p, z, k, result.projection.data());
-  const std::vector<double> after = squared_lengths(pool, n, z, k);
-  const double total_before = std::accumulate(before.begin(), before.end(), 0.0);
-  const double total_after = std::accumulate(after.begin(), after.end(), 0.0);
-  if (total_after <= kExhausted * kExhausted * total_before) {
-    result.exhausted = true;
-    return result;
-  }
-  std::vector<double> first(k * k), second(k * k), correction(p * k, 0.0);
-  const auto orthonormalize = [&](double* r) {
-    if (cholesky_qr(pool, n, z, k, r)) return;
-    householder_qr(n, z, k, r);
-    result.householder = true;
+  for (std::size_t j = 0; j < k; ++j) result.remainder[j * k + j] = 1;
+  std::vector<double> product, taken, gram(k * k), r(k * k), inverse(k * k), scratch(k * k);
+  const auto add_to_projection = [&](std::size_t q) {  // the last q rows, by what was taken before the remainder
+    lapack::gemm('N', 'N', q, k, k, 1.0, taken.data(), q, result.remainder.data(), k, 1.0,
+                 result.projection.data() + (p - q), p);
   };
-  orthonormalize(first.data());
-  // Without the second projection the loss of orthogonality grows from pass to pass, and copies of converged singular
-  // values appear.
-  project_out(pool, n, basis, p, z, k, correction.data());
-  orthonormalize(second.data());
-  // z_before = basis·(projection + correction·first) + z·(second·first)
-  if (p > 0) {
-    lapack::gemm('N', 'N', p, k, k, 1.0, correction.data(), p, first.data(), k, 1.0, result.projection.data(), p);
+  candidate.round();
+  double before = 0;
+  // z_before = basis·projection + z·remainder whenever a round begins.
+  for (int round = 0; round < kMaxRounds; ++round) {
+    std::size_t q = round == 0 ? recent : p;
+    candidate.products(q, product);
+    taken.resize(q * k);
+    for (std::size_t c = 0; c < k; ++c) {
+      std::copy_n(product.data() + c * (q + k), q, taken.data() + c * q);
+      std::copy_n(product.data() + c * (q + k) + q, k, gram.data() + c * k);
+    }
+    if (round == 0) before = trace(gram, k);
+    bool cancels = false;
+    if (q > 0) {
+      // The Gram matrix of what is left without these columns, by Pythagoras: one pass less over z. Where next to
+      // nothing is left, it has to be taken from what is.
+      lapack::gemm('T', 'N', k, k, q, -1.0, taken.data(), q, taken.data(), q, 1.0, gram.data(), k);
+      for (std::size_t c = 0; c < k; ++c) {
+        cancels = cancels || gram[c * k + c] < kCancellation * product[c * (q + k) + q + c];
+      }
+    }
+    if (cancels) {
+      candidate.update(nullptr, q, taken);
+      add_to_projection(q);
+      q = 0;
+      taken.clear();
+      candidate.products(0, gram);
+    }
+    const double norm =
+        std::inner_product(result.remainder.begin(), result.remainder.end(), result.remainder.begin(), 0.0);
+    const double left = trace(gram, k) * (round == 0 ? 1.0 : norm / static_cast<double>(k));
+    result.exhausted = !(left > kExhausted * kExhausted * before);
+    if (result.exhausted) return result;
+    if (cholesky(k, gram, r, inverse)) {
+      if (q > 0) {
+        const std::vector<double> components = taken;
+        lapack::gemm('N', 'N', q, k, k, 1.0, components.data(), q, inverse.data(), k, 0.0, taken.data(), q);
+      }
+      candidate.update(inverse.data(), q, taken);
+      if (q > 0) {
+        const std::vector<double> components = taken;
+        lapack::gemm('N', 'N', q, k, k, 1.0, components.data(), q, r.data(), k, 0.0, taken.data(), q);
+      }
+    } else {
+      if (q > 0) candidate.update(nullptr, q, taken);
+      householder_qr(pool, n, candidate.z, k, r.data());
+      candidate.round();
+      result.householder = true;
+    }
+    if (q > 0) add_to_projection(q);
+    lapack::gemm('N', 'N', k, k, k, 1.0, r.data(), k, result.remainder.data(), k, 0.0, scratch.data(), k);
+    result.remainder = scratch;
+    // Without a second round the loss of orthogonality grows from pass to pass, and copies of converged singular values
+    // appear. A third is due to columns of which the second left little: they were not far from the rounding noise.
+    double smallest = 1;
+    for (std::size_t j = 0; j < k; ++j) smallest = std::min(smallest, std::fabs(r[j * k + j]));
+    if (round > 0 && smallest > 0.5) break;
   }
-  lapack::gemm('N', 'N', k, k, k, 1.0, second.data(), k, first.data(), k, 0.0, result.remainder.data(), k);
   return result;
 }
+
+template Extension extend_basis(const Kernels&, ThreadPool&, std::size_t, float*, std::size_t, std::size_t, std::size_t,
+                                float*, std::size_t);
+template Extension extend_basis(const Kernels&, ThreadPool&, std::size_t, std::uint16_t*, std::size_t, std::size_t,
+                                std::size_t, float*, std::size_t);
 
 }  // namespace pissa

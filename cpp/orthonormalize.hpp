@@ -4,22 +4,29 @@
 #include <cstddef>
 #include <vector>
 
+#include "kernels/kernels.hpp"
 #include "thread_pool.hpp"
 
 namespace pissa {
 
 struct Extension {
-  std::vector<double> projection;  // p × k: the block's components in the basis
-  std::vector<double> remainder;   // k × k, upper triangular
+  std::vector<double> projection;  // p × k, column-major: the block's components in the basis
+  std::vector<double> remainder;   // k × k, column-major, upper triangular
   bool householder = false;        // Cholesky would have lost too much and was replaced
   bool exhausted = false;          // the block lies in the basis: there is no new direction
 };
 
-// z (n × k) becomes orthonormal and orthogonal to basis (n × p, orthonormal), such that
-//   z_before = basis·projection + z_after·remainder.
+// x (n × …, row-major) holds an orthonormal basis in its first p columns and gets k more, such that
+//   z_before = basis·projection + block·remainder.
+// z (n × k, row-major, contiguous) is destroyed. `recent` says how many of the basis' last columns z is known to have
+// components in, up to rounding: a first projection need not take the others.
 //
 // Block Gram–Schmidt twice with a Cholesky QR after each projection (BCGS2 with CholeskyQR2; Stathopoulos & Wu 2002,
-// Yamamoto et al. 2015). Deviation: a QR whose triangle is ill-conditioned is done by Householder reflections.
-Extension extend_basis(ThreadPool& pool, std::size_t n, const float* basis, std::size_t p, float* z, std::size_t k);
+// Yamamoto et al. 2015). Deviations: a QR whose triangle is ill-conditioned is done by Householder reflections; and
+// with bf16 elements the basis is rounded, so that it is orthonormal to about 1e-3 in norm and 1e-5 in each product:
+// what a Ritz vector is off by through that costs the square of it in energy.
+template <class Element>
+Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, Element* x, std::size_t stride,
+                       std::size_t p, std::size_t recent, float* z, std::size_t k);
 
 }  // namespace pissa

@@ -5,72 +5,98 @@
 #include <stdexcept>
 
 #include "orthonormalize.hpp"
+#include "packing.hpp"
 #include "philox.hpp"
 #include "residual.hpp"
+#include "tall.hpp"
 
 namespace pissa {
 namespace {
-
-double frobenius(const float* values, std::size_t count) {
-  double sum = 0;
-  for (std::size_t i = 0; i < count; ++i) sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
-  return std::sqrt(sum);
-}
 
 // Norms of the sketch between which products and squares of float stay in range.
 constexpr double kSmallNorm = 1e-15;
 constexpr double kLargeNorm = 1e15;
 
+// Rows must not be whole pages apart: the columns of a tile would fall into the same few lines of the cache.
+std::size_t stride_for(std::size_t block, std::size_t max_passes) {
+  const std::size_t columns = (max_passes + 1) * block;
+  return columns % 256 == 0 ? columns + 32 : columns;
+}
+
 }  // namespace
 
-RangeFinder::RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t block,
-                         std::size_t max_passes, std::uint64_t key)
-    : pool_(pool), weight_(weight), max_passes_(max_passes) {
-  sweep_.emplace(kernels, pool, weight, block);
+template <class Element>
+RangeFinder<Element>::RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t block,
+                                  std::size_t max_passes, std::uint64_t key)
+    : kernels_(kernels),
+      pool_(pool),
+      weight_(weight),
+      max_passes_(max_passes),
+      key_(key),
+      sweep_(kernels, pool, weight, block),
+      stride_(stride_for(block, max_passes)),
+      x_(pool.scratch(), weight.cols * stride_),
+      y_(pool.scratch(), weight.rows * stride_),
+      z_(pool.scratch(), weight.cols * block) {
   basis_.block = block;
   basis_.h_rows = (max_passes + 1) * block;
-  basis_.x = Buffer<float>(pool.scratch(), weight.cols * basis_.h_rows);
-  basis_.y = Buffer<float>(pool.scratch(), weight.rows * block * max_passes);
   basis_.h = Buffer<double>(pool.scratch(), basis_.h_rows * block * max_passes);
-  double norm = sketch(1.0f, key);
+  gram_ = Buffer<double>(pool.scratch(), basis_.h_rows * block * max_passes);
+  double norm = sketch(1.0f, key, y_.data());
   if (!(norm > kSmallNorm && norm < kLargeNorm)) {
     // Also where a value is not finite: it leaves no finite norm. The sketch is repeated at the weight's own scale.
     const float largest = max_magnitude(kernels, pool, weight);
     if (!std::isfinite(largest)) throw std::domain_error("holds NaN or infinity");
     zero_ = largest == 0.0f;
-    if (zero_) return;
+    out_of_range_ = !zero_ && kIsBf16<Element>;
+    if (zero_ || out_of_range_) return;
     const int magnitude = std::clamp(std::ilogb(largest), -120, 120);
-    sweep_.emplace(kernels, pool, weight, block, true);
-    norm = std::ldexp(sketch(std::ldexp(1.0f, -magnitude), key), magnitude);
+    norm = std::ldexp(sketch(std::ldexp(1.0f, -magnitude), key, y_.data()), magnitude);
   }
   basis_.exponent = std::clamp(std::ilogb(norm / std::sqrt(static_cast<double>(block))), -120, 120);
-  const Extension first = extend_basis(pool, weight.cols, nullptr, 0, basis_.x.data(), block);
-  basis_.householder = first.householder;
+  basis_.householder = extend_basis(kernels, pool, weight.cols, x_.data(), stride_, 0, 0, z_.data(), block).householder;
 }
 
-// x = Wᵀ·G, G random signs of the given magnitude; returns its norm.
-double RangeFinder::sketch(float magnitude, std::uint64_t key) {
-  float* g = basis_.y.data();
-  pool_.run(basis_.block, [&](std::size_t c) {
-    random_signs(key, c * weight_.rows, weight_.rows, g + c * weight_.rows);
-    for (std::size_t i = 0; i < weight_.rows; ++i) g[c * weight_.rows + i] *= magnitude;
+// z = Wᵀ·G, G random signs of the given magnitude, put into `signs`, a block of y; returns its norm.
+template <class Element>
+double RangeFinder<Element>::sketch(float magnitude, std::uint64_t key, Element* signs) {
+  constexpr std::size_t kRowsPerTask = 256;
+  const std::size_t block = basis_.block;
+  pool_.run((weight_.rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::size_t task) {
+    std::vector<float> row(block);
+    for (std::size_t i = task * kRowsPerTask; i < std::min(weight_.rows, (task + 1) * kRowsPerTask); ++i) {
+      random_signs(key, i * block, block, row.data());
+      for (float& sign : row) sign *= magnitude;
+      round_to(kernels_, row.data(), signs + i * stride_, block);
+    }
   });
-  sweep_->transposed_product(g, basis_.block, basis_.x.data());
-  return frobenius(basis_.x.data(), weight_.cols * basis_.block);
+  sweep_.transposed_product(signs, stride_, block, z_.data());
+  double sum = 0;
+  for (const float value : z_) sum += static_cast<double>(value) * static_cast<double>(value);
+  return std::sqrt(sum);
 }
 
-bool RangeFinder::advance() {
+template <class Element>
+bool RangeFinder<Element>::advance() {
   KrylovBasis& b = basis_;
   if (zero_ || b.exhausted || b.passes == max_passes_) return false;
   const std::size_t k = b.columns();
   const std::size_t next = k + b.block;
   const float scale = std::ldexp(1.0f, -b.exponent);
-  float* z = b.x.data() + weight_.cols * next;
-  sweep_->power_step(b.x.data() + weight_.cols * k, b.block, scale, b.y.data() + weight_.rows * k, z);
-  pool_.run(b.block, [&](std::size_t c) {
-    for (std::size_t j = 0; j < weight_.cols; ++j) z[c * weight_.cols + j] *= scale;
-  });
-  const Extension step = extend_basis(pool_, weight_.cols, b.x.data(), next, z, b.block);
+  sweep_.power_step(x_.data() + k, stride_, b.block, scale, y_.data() + k, stride_, scale, z_.data());
+  // In exact arithmetic z is orthogonal to all of X but its last two blocks.
+  const std::size_t recent = std::min(next, 2 * b.block);
+  Extension step = extend_basis(kernels_, pool_, weight_.cols, x_.data(), stride_, next, recent, z_.data(), b.block);
+  if (step.exhausted) {
+    // X spans a space that W maps into itself and back. What W has beyond it, as with singular values repeated more
+    // often than the block is wide, is found from a new start; if there is nothing, the basis holds all of W.
+    std::fill(step.remainder.begin(), step.remainder.end(), 0.0);
+    sketch(std::ldexp(1.0f, -b.exponent), key_ + b.passes + 1, y_.data() + next);
+    const Extension fresh =
+        extend_basis(kernels_, pool_, weight_.cols, x_.data(), stride_, next, next, z_.data(), b.block);
+    b.exhausted = fresh.exhausted;
+    b.householder |= fresh.householder;
+  }
   for (std::size_t c = 0; c < b.block; ++c) {
     double* column = b.h.data() + (k + c) * b.h_rows;
     std::copy_n(step.projection.data() + c * next, next, column);
@@ -78,15 +104,56 @@ bool RangeFinder::advance() {
     std::fill(column + next + b.block, column + b.h_rows, 0.0);
   }
   b.householder |= step.householder;
-  b.exhausted = step.exhausted;
   ++b.passes;
   return true;
 }
 
-std::size_t RangeFinder::workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes) {
-  const std::size_t columns = block * max_passes;
-  return sizeof(float) * (weight.rows * columns + weight.cols * (columns + block)) +
-         sizeof(double) * (columns + block) * columns + Sweep::workspace_bytes(weight, block);
+template <class Element>
+Buffer<double> RangeFinder<Element>::gram(bool exact) {
+  const std::size_t k = basis_.columns(), block = basis_.block, ld = basis_.h_rows;
+  std::vector<double> product;
+  for (std::size_t at = gram_columns_; at < k; at += block) {
+    const Element* columns = y_.data() + at;
+    product.resize((at + block) * block);
+    if constexpr (!kIsBf16<Element>) {
+      if (exact)
+        exact_cross_product(pool_, weight_.rows, y_.data(), at + block, columns, block, stride_, product.data());
+    }
+    if (!exact) {
+      cross_product(kernels_, pool_, weight_.rows, y_.data(), at + block, columns, block, stride_, product.data());
+    }
+    for (std::size_t c = 0; c < block; ++c) {
+      std::copy_n(product.data() + c * (at + block), at + block, gram_.data() + (at + c) * ld);
+    }
+  }
+  gram_columns_ = k;
+  Buffer<double> result(pool_.scratch(), k * k);
+  for (std::size_t j = 0; j < k; ++j)
+    std::copy_n(gram_.data() + j * ld, j / block * block + block, result.data() + j * k);
+  return result;
 }
+
+template <class Element>
+Buffer<float> RangeFinder<Element>::combine_y(const std::vector<double>& c, std::size_t rank) const {
+  // Y's columns may be nearly dependent: their coefficients cancel, and must be known to float's precision.
+  return multiply<float>(kernels_, pool_, weight_.rows, y_.data(), stride_, basis_.columns(), c.data(), rank);
+}
+
+template <class Element>
+Buffer<float> RangeFinder<Element>::combine_x(const std::vector<double>& c, std::size_t rank) const {
+  return multiply<Element>(kernels_, pool_, weight_.cols, x_.data(), stride_, basis_.x_columns(), c.data(), rank);
+}
+
+template <class Element>
+std::size_t RangeFinder<Element>::workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes,
+                                                  unsigned threads) {
+  const std::size_t columns = block * max_passes;
+  return sizeof(Element) * (weight.rows + weight.cols) * stride_for(block, max_passes) +
+         sizeof(float) * weight.cols * block + 2 * sizeof(double) * (columns + block) * columns +
+         Sweep<Element>::workspace_bytes(weight, block, threads);
+}
+
+template class RangeFinder<float>;
+template class RangeFinder<std::uint16_t>;
 
 }  // namespace pissa

@@ -1,14 +1,15 @@
 // Block Krylov range finder: a basis in which the leading singular directions of W can be found.
 //
-// Method: block Lanczos on WᵀW with full reorthogonalisation, started from Wᵀ·G for a random sign matrix G
-// (Musco & Musco 2015, arXiv 1504.05477; Golub & Underwood 1977). Deviations: blocks are narrower than the rank, which
-// reaches the same accuracy with fewer products; and W·X may be computed from bf16 roundings of X, because the
-// Rayleigh–Ritz step (rayleigh_ritz.hpp) only uses Y as it came out and Z = Wᵀ·Y, which are exact for each other.
+// Method: block Lanczos on WᵀW with full reorthogonalisation, started from Wᵀ·G for a random sign matrix G (Musco &
+// Musco 2015, arXiv 1504.05477; Golub & Underwood 1977). Starting from random columns themselves would save half a
+// pass, but their part in W's null space makes Y nearly dependent, and the singular vectors inaccurate. Deviations:
+// blocks are narrower than the rank, which reaches the same accuracy with fewer products; and W·X may be computed from
+// bf16 roundings of X, because the Rayleigh–Ritz step (rayleigh_ritz.hpp) only uses Y as it came out and Z = Wᵀ·Y,
+// which are exact for each other.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "buffer.hpp"
@@ -16,29 +17,27 @@
 
 namespace pissa {
 
-// After p passes, with k = p·block columns: Wᵀ·Y = 2^(2·exponent)·… is kept factored as Z = X·H.
-//   y (rows × k):           Y = W·X_k·2^-exponent, rounded
-//   x (cols × (k + block)): orthonormal
-//   h ((k + block) × k):    2^-exponent·Wᵀ·Y = X·H; block upper Hessenberg, column-major, leading dimension `h_rows`
+// After p passes, with k = p·block columns, orthonormal X (cols × (k + block)) and Y = W·X_k·2^-exponent, rounded:
+//   2^-exponent·Wᵀ·Y = X·H.
 struct KrylovBasis {
   std::size_t block = 0;
   std::size_t passes = 0;
-  std::size_t h_rows = 0;
   int exponent = 0;  // ‖W‖ is near 2^exponent: everything here is of order one
   bool exhausted = false;
   bool householder = false;
-  Buffer<float> x;
-  Buffer<float> y;
-  Buffer<double> h;
+  std::size_t h_rows = 0;  // leading dimension of h
+  Buffer<double> h;        // (k + block) × k, block upper Hessenberg, column-major
 
   std::size_t columns() const { return passes * block; }
-  // Columns of x that h refers to: an exhausted basis got no further block.
+  // Columns of X that h refers to: an exhausted basis got no further block.
   std::size_t x_columns() const { return columns() + (exhausted ? 0 : block); }
 };
 
+// X and Y are kept as `Element`: float, or bf16 for the weights and kernels that multiply it (see packing.hpp).
+template <class Element>
 class RangeFinder {
  public:
-  // Sketches W. Requires (max_passes + 1)·block ≤ min(rows, cols).
+  // Sketches W. Requires (max_passes + 1)·block ≤ min(rows, cols), and a block that is a multiple of 16.
   // Throws std::domain_error where W holds a value that is not finite.
   RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t block, std::size_t max_passes,
               std::uint64_t key);
@@ -47,19 +46,36 @@ class RangeFinder {
   bool advance();
 
   bool zero() const { return zero_; }  // W is zero everywhere
+  // W's scale is beyond what bf16 products can take without losing denormals: the finder over float can.
+  bool out_of_range() const { return out_of_range_; }
   const KrylovBasis& basis() const { return basis_; }
 
-  static std::size_t workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes);
+  // YᵀY (k × k, upper triangle valid by blocks), summed in double throughout with `exact`.
+  Buffer<double> gram(bool exact);
+  // Y·c and X·c, row-major with stride rank rounded up to 16; c is column-major with k, and x_columns(), rows.
+  Buffer<float> combine_y(const std::vector<double>& c, std::size_t rank) const;
+  Buffer<float> combine_x(const std::vector<double>& c, std::size_t rank) const;
+
+  static std::size_t workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes, unsigned threads);
 
  private:
-  double sketch(float magnitude, std::uint64_t key);
+  double sketch(float magnitude, std::uint64_t key, Element* signs);
 
+  const Kernels& kernels_;
   ThreadPool& pool_;
   Weight weight_;
   std::size_t max_passes_;
+  std::uint64_t key_;
   bool zero_ = false;
-  std::optional<Sweep> sweep_;
+  bool out_of_range_ = false;
+  Sweep<Element> sweep_;
+  std::size_t stride_;  // of x and y
+  Buffer<Element> x_;
+  Buffer<Element> y_;
+  Buffer<float> z_;  // the block at work, cols × block
   KrylovBasis basis_;
+  Buffer<double> gram_;  // of Y's first gram_columns_ columns, laid out as h
+  std::size_t gram_columns_ = 0;
 };
 
 }  // namespace pissa

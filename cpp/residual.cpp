@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "buffer.hpp"
+#include "packing.hpp"
 
 namespace pissa {
 namespace {
@@ -14,43 +15,74 @@ constexpr std::size_t kStripsPerPiece = 8;
 constexpr std::size_t kMaxPiece = 8 * 64;
 constexpr std::size_t kMaxTileRows = 16;
 
-template <class Sum>
+template <class Element, class Value>
+Element convert(Value value) {
+  if constexpr (kIsBf16<Element>) {
+    return float_to_bf16(static_cast<float>(value));  // exact: see subtract_product
+  } else {
+    return static_cast<Element>(value);
+  }
+}
+
+// Element is the operand type, Sum that of the product.
+template <class Element, class Sum>
 ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool& pool, const Weight& weight,
                             const float* left, const float* right, std::size_t rank, double scaling, float norm_scale) {
-  const std::size_t strip = tile.vectors * tile.width;
-  const std::size_t strips = (weight.cols + strip - 1) / strip;
-  Buffer<Sum> packed(pool.scratch(), strips * rank * strip);  // [strip][rank][column], as the tile reads it
+  const std::size_t depth = tile.depth;
+  const std::size_t strip = tile.vectors * tile.width, strips = (weight.cols + strip - 1) / strip;
+  const std::size_t steps = (rank + depth - 1) / depth;
+  Buffer<Element> packed(pool.scratch(), strips * steps * depth * strip);  // [strip][step][column][depth]
   pool.run(strips, [&](std::size_t s) {
+    const std::size_t columns = std::min(strip, weight.cols - s * strip);
+    Element* out = packed.data() + s * steps * depth * strip;
+    std::fill(out, out + steps * depth * strip, Element{0});
     for (std::size_t t = 0; t < rank; ++t) {
-      for (std::size_t lane = 0; lane < strip; ++lane) {
-        const std::size_t j = s * strip + lane;
-        packed[(s * rank + t) * strip + lane] = j < weight.cols ? static_cast<Sum>(right[t * weight.cols + j]) : Sum{0};
+      for (std::size_t lane = 0; lane < columns; ++lane) {
+        out[(t / depth * strip + lane) * depth + t % depth] =
+            convert<Element>(right[t * weight.cols + s * strip + lane]);
       }
     }
   });
+  // Operands of a bf16 product are exact as they are; the others can take the scaling with them.
+  const double folded = kIsBf16<Element> ? 1.0 : scaling;
+  const auto unfolded = static_cast<Sum>(kIsBf16<Element> ? scaling : 1.0);
   const std::size_t tasks = (weight.rows + kRowsPerTask - 1) / kRowsPerTask;
   std::vector<TileNorms> norms(tasks);
   pool.run(tasks, [&](std::size_t task) {
     alignas(64) Sum product[kMaxTileRows * kMaxPiece];
     const std::size_t begin = task * kRowsPerTask;
     const std::size_t end = std::min(weight.rows, begin + kRowsPerTask);
-    Buffer<Sum> a(pool.scratch(), (end - begin) * rank);
-    for (std::size_t i = 0; i < a.size(); ++i)
-      a[i] = static_cast<Sum>(scaling * static_cast<double>(left[begin * rank + i]));
+    Buffer<Element> a(pool.scratch(), (end - begin) * steps * depth);
+    std::fill(a.begin(), a.end(), Element{0});
+    for (std::size_t i = begin; i < end; ++i) {
+      for (std::size_t t = 0; t < rank; ++t) {
+        a[(i - begin) * steps * depth + t] = convert<Element>(folded * static_cast<double>(left[i * rank + t]));
+      }
+    }
     for (std::size_t s = 0; s < strips; s += kStripsPerPiece) {
       const std::size_t piece = std::min(kStripsPerPiece, strips - s);
       const std::size_t first = s * strip;
       const std::size_t columns = std::min(piece * strip, weight.cols - first);
       for (std::size_t i = begin; i < end; i += tile.rows) {
         const std::size_t rows = std::min(tile.rows, end - i);
+        const auto place = [&](std::size_t row) {
+          return static_cast<char*>(weight.data) + ((i + row) * weight.cols + first) * size_of(weight.dtype);
+        };
+        for (std::size_t row = 0; row < rows; ++row) {  // to arrive while the product is computed
+          for (std::size_t at = 0; at < columns * size_of(weight.dtype); at += 64)
+            __builtin_prefetch(place(row) + at, 1);
+        }
         std::fill(product, product + rows * piece * strip, Sum{0});
         for (std::size_t p = 0; p < piece; ++p) {
-          tile.accumulate(a.data() + (i - begin) * rank, rank, 1, packed.data() + (s + p) * rank * strip, rank,
-                          product + p * strip, piece * strip, rows, tile.vectors);
+          const Element* b = packed.data() + (s + p) * steps * depth * strip;
+          tile.accumulate(a.data() + (i - begin) * steps * depth, steps * depth, depth, b, steps, product + p * strip,
+                          piece * strip, rows, tile.vectors);
+        }
+        if (unfolded != Sum{1}) {
+          for (std::size_t j = 0; j < rows * piece * strip; ++j) product[j] *= unfolded;
         }
         for (std::size_t row = 0; row < rows; ++row) {
-          char* w = static_cast<char*>(weight.data) + ((i + row) * weight.cols + first) * size_of(weight.dtype);
-          kernels.subtract(w, weight.dtype, product + row * piece * strip, columns, norm_scale, norms[task]);
+          kernels.subtract(place(row), weight.dtype, product + row * piece * strip, columns, norm_scale, norms[task]);
         }
       }
     }
@@ -64,13 +96,22 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
   return {std::sqrt(sum.weight) * unscale, std::sqrt(sum.error) * unscale, std::isfinite(sum.error)};
 }
 
+// Within these, no product of bf16 factors comes near the denormals that the instruction flushes.
+constexpr float kSmallScale = 0x1p-60f, kLargeScale = 0x1p60f;
+
 }  // namespace
 
 ResidualNorms subtract_product(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* left,
                                const float* right, std::size_t rank, double scaling, float norm_scale) {
-  return weight.dtype == DType::f32
-             ? subtract_with<double>(kernels, kernels.tile_f64, pool, weight, left, right, rank, scaling, norm_scale)
-             : subtract_with<float>(kernels, kernels.tile_f32, pool, weight, left, right, rank, scaling, norm_scale);
+  if (weight.dtype == DType::f32) {
+    return subtract_with<double, double>(kernels, kernels.tile_f64, pool, weight, left, right, rank, scaling,
+                                         norm_scale);
+  }
+  if (weight.dtype == DType::bf16 && kernels.bf16 != nullptr && norm_scale > kSmallScale && norm_scale < kLargeScale) {
+    return subtract_with<std::uint16_t, float>(kernels, kernels.bf16->tile, pool, weight, left, right, rank, scaling,
+                                               norm_scale);
+  }
+  return subtract_with<float, float>(kernels, kernels.tile_f32, pool, weight, left, right, rank, scaling, norm_scale);
 }
 
 std::size_t residual_workspace_bytes(const Weight& weight, std::size_t rank) {

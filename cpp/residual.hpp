@@ -17,7 +17,8 @@ struct ResidualNorms {
   bool finite;
 };
 
-// W ← round(W − scaling·left·right), left rows × rank and right rank × cols, both row-major.
+// W ← round(W − scaling·left·right), left rows × rank and right rank × cols, both row-major. The factors of a bf16
+// weight must be representable in bf16, so that they can be multiplied as such without a further error.
 //
 // The product is summed in float for 2-byte weights and in double for f32, where float sums would add an error as
 // large as the rounding itself. `norm_scale` is a power of two near 1/‖W‖₂ for the norms' range.

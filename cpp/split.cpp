@@ -5,15 +5,16 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 
 #include "buffer.hpp"
 #include "kernels/scalar.hpp"
 #include "lapack.hpp"
+#include "packing.hpp"
 #include "range_finder.hpp"
 #include "rayleigh_ritz.hpp"
 #include "residual.hpp"
-#include "tall.hpp"
 
 namespace pissa {
 namespace {
@@ -25,13 +26,14 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 // Stop when the estimate says that a full SVD would capture at most this much more of the leading energy.
 constexpr double kTargetDeficit = 1e-3;
 
-// How the work is laid out for a rank. Measured on language models' weights: about 5.5 (rank 16) to 2.6 (rank 128)
-// basis columns per direction reach the target, fewer with narrower blocks; blocks narrower than a vector waste it.
+// How the work is laid out for a rank. Narrower blocks reach the target with fewer columns, but blocks narrower than a
+// vector, or of many passes, waste more than that. Measured on weights with language models' spectra: 5 (rank 16), 3.5
+// (rank 64) or 2.75 (rank 128) columns per direction reach it.
 struct Schedule {
   Schedule(const Weight& weight, std::size_t rank, std::size_t passes) {
     const std::size_t limit = std::min(weight.rows, weight.cols);
     block = rank <= 32 ? 16 : 32;
-    first_check = (9 * rank / 4 + 40 + block - 1) / block;
+    first_check = rank <= 32 ? (3 * rank + 47) / block : (2 * rank + 127) / block;
     max_passes = passes > 0 ? passes : (6 * rank + 64) / block + 1;
     // Where the basis would have to span most of the space, its whole Gram matrix is cheaper and exact.
     exact = passes == 0 ? 4 * first_check * block >= 3 * limit : rank + 2 * block > limit;
@@ -44,10 +46,11 @@ struct Schedule {
   bool exact;
 };
 
-// Left singular vectors scaled by nothing, and Wᵀ·left: W ≈ left·(Wᵀ·left)ᵀ.
+// Left singular vectors scaled by nothing, and Wᵀ·left: W ≈ left·(Wᵀ·left)ᵀ. Row-major with `stride`.
 struct Factors {
-  Buffer<float> left;   // rows × rank, column-major, orthonormal
-  Buffer<float> right;  // cols × rank, column-major, column i of length σ_i
+  std::size_t stride = 0;
+  Buffer<float> left;   // rows × rank, orthonormal
+  Buffer<float> right;  // cols × rank, column i of length σ_i
   std::vector<double> sigma;
 };
 
@@ -88,7 +91,7 @@ Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& w
   std::vector<double> values(rank);
   Buffer<double> vectors(pool.scratch(), small * rank), other(pool.scratch(), large * rank);
   if (!lapack::largest_eigenpairs(small, gram.data(), rank, values.data(), vectors.data())) {
-    throw std::runtime_error("LAPACK dsyevr did not converge");
+    throw std::runtime_error("LAPACK stedc did not converge");
   }
   for (std::size_t at = 0; at < large; at += kExactPiece) {
     const std::size_t count = std::min(kExactPiece, large - at);
@@ -98,6 +101,7 @@ Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& w
   }
   Factors factors;
   factors.sigma.resize(rank);
+  factors.stride = rank;
   factors.left = Buffer<float>(pool.scratch(), weight.rows * rank);
   factors.right = Buffer<float>(pool.scratch(), weight.cols * rank);
   for (std::size_t i = 0; i < rank; ++i) {
@@ -107,74 +111,82 @@ Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& w
     for (std::size_t j = 0; j < small; ++j) {
       const double v = vectors[i * small + j];
       if (wide) {
-        factors.left[i * weight.rows + j] = static_cast<float>(v);
+        factors.left[j * rank + i] = static_cast<float>(v);
       } else {
-        factors.right[i * weight.cols + j] = static_cast<float>(v * factors.sigma[i]);
+        factors.right[j * rank + i] = static_cast<float>(v * factors.sigma[i]);
       }
     }
     for (std::size_t j = 0; j < large; ++j) {
       if (wide) {
-        factors.right[i * weight.cols + j] = static_cast<float>(image[j]);
+        factors.right[j * rank + i] = static_cast<float>(image[j]);
       } else {
-        factors.left[i * weight.rows + j] = static_cast<float>(image[j] * inverse);
+        factors.left[j * rank + i] = static_cast<float>(image[j] * inverse);
       }
     }
   }
   return factors;
 }
 
+template <class Element>
 Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request,
-                         const Schedule& schedule, SplitResult& result) {
+                         const Schedule& schedule, bool exact, SplitResult& result) {
   const Weight& weight = request.weight;
   const std::size_t rank = request.rank;
   auto start = Clock::now();
-  RangeFinder finder(kernels, pool, weight, schedule.block, schedule.max_passes, request.key);
-  result.sketch_seconds = seconds_since(start);
+  std::optional<RangeFinder<Element>> finder;
+  finder.emplace(kernels, pool, weight, schedule.block, schedule.max_passes, request.key);
+  const auto start_over = [&] {
+    finder.reset();
+    return factor_by_krylov<float>(kernels, pool, request, schedule, true, result);
+  };
+  if (finder->out_of_range()) return start_over();
+  result.sweep_seconds += seconds_since(start);
   result.block = schedule.block;
   Factors factors;
   factors.sigma.assign(rank, 0.0);
-  factors.left = Buffer<float>(pool.scratch(), weight.rows * rank);
-  factors.right = Buffer<float>(pool.scratch(), weight.cols * rank);
-  if (finder.zero()) {
-    std::fill_n(factors.left.data(), factors.left.size(), 0.0f);
-    std::fill_n(factors.right.data(), factors.right.size(), 0.0f);
+  if (finder->zero()) {
+    factors.stride = rank;
+    factors.left = Buffer<float>(pool.scratch(), weight.rows * rank);
+    factors.right = Buffer<float>(pool.scratch(), weight.cols * rank);
+    std::fill(factors.left.begin(), factors.left.end(), 0.0f);
+    std::fill(factors.right.begin(), factors.right.end(), 0.0f);
     return factors;
   }
-  const bool fixed = request.passes > 0;
+  const KrylovBasis& basis = finder->basis();
   RitzTriplets ritz;
-  std::size_t next_check = fixed ? schedule.max_passes : schedule.first_check;
+  std::size_t next_check = request.passes > 0 ? schedule.max_passes : schedule.first_check;
   for (bool more = true; more;) {
     start = Clock::now();
-    while (finder.basis().passes < next_check && (more = finder.advance())) {
+    while (basis.passes < next_check && (more = finder->advance())) {
     }
-    more = more && !finder.basis().exhausted && finder.basis().passes < schedule.max_passes;
+    more = more && !basis.exhausted && basis.passes < schedule.max_passes;
     result.sweep_seconds += seconds_since(start);
     start = Clock::now();
-    ritz = rayleigh_ritz(pool, finder.basis(), weight.rows, rank, weight.dtype == DType::f32);
+    ritz = rayleigh_ritz(pool, basis, finder->gram(exact), rank, more ? kTargetDeficit : INFINITY, exact);
     result.ritz_seconds += seconds_since(start);
+    // A few directions far above all others, or a W of low rank: what bf16 leaves of orthogonality is not enough.
+    if (kIsBf16<Element> && !ritz.well_conditioned) return start_over();
     if (ritz.estimated_deficit <= kTargetDeficit) break;
     // A check costs as much as a pass or two: the next is where the estimate will have come down, if it goes on so.
     const double factor = std::log(ritz.estimated_deficit / kTargetDeficit) / -std::log(ritz.convergence);
     const double ahead = ritz.convergence < 1 ? std::clamp(std::ceil(factor - 0.25), 1.0, 8.0) : 2.0;
-    next_check = std::min(schedule.max_passes, finder.basis().passes + static_cast<std::size_t>(ahead));
+    next_check = std::min(schedule.max_passes, basis.passes + static_cast<std::size_t>(ahead));
   }
   start = Clock::now();
-  const KrylovBasis& basis = finder.basis();
   result.passes = basis.passes;
   result.householder = basis.householder;
   result.estimated_deficit = ritz.estimated_deficit;
-  const std::vector<float> y_coefficients(ritz.y_coefficients.begin(), ritz.y_coefficients.end());
-  std::vector<float> x_coefficients(ritz.x_coefficients.size());
-  for (std::size_t i = 0; i < x_coefficients.size(); ++i) {
-    x_coefficients[i] = static_cast<float>(std::ldexp(ritz.x_coefficients[i], basis.exponent));
-  }
-  multiply(pool, weight.rows, 1.0f, basis.y.data(), basis.columns(), y_coefficients.data(), rank, 0.0f,
-           factors.left.data());
-  multiply(pool, weight.cols, 1.0f, basis.x.data(), basis.x_columns(), x_coefficients.data(), rank, 0.0f,
-           factors.right.data());
+  for (double& coefficient : ritz.x_coefficients) coefficient = std::ldexp(coefficient, basis.exponent);
+  factors.stride = round_up(rank, 16);
+  factors.left = finder->combine_y(ritz.y_coefficients, rank);
+  factors.right = finder->combine_x(ritz.x_coefficients, rank);
   for (std::size_t i = 0; i < rank; ++i) factors.sigma[i] = std::ldexp(ritz.sigma[i], basis.exponent);
   result.ritz_seconds += seconds_since(start);
   return factors;
+}
+
+bool uses_bf16(const Kernels& kernels, const Weight& weight) {
+  return kernels.bf16 != nullptr && weight.dtype == DType::bf16;
 }
 
 // Stores `value` in the adapter's dtype and returns what was stored.
@@ -196,50 +208,56 @@ struct StoredFactors {
 
 // Shares σ/s out as a square root to both sides, fixes signs, and rounds to the adapter's dtype. The largest entry of
 // each row of A is positive (the first of equals).
+//
+// The factors of a bf16 weight keep its 8 bits whatever dtype they are stored in. That costs 1e-6 of their energy,
+// which the residual takes up; the residual is then an exact product of bf16, at twice the speed of float.
 StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const Factors& factors) {
   const std::size_t rows = request.weight.rows, cols = request.weight.cols, rank = request.rank;
+  const bool transposed = request.fan_in_fan_out, coarse = request.weight.dtype == DType::bf16;
   StoredFactors stored;
   stored.left = Buffer<float>(pool.scratch(), rows * rank);
   stored.right = Buffer<float>(pool.scratch(), rank * cols);
+  const Buffer<float>& a_side = transposed ? factors.left : factors.right;
+  std::vector<float> largest(rank, 0.0f);
+  for (std::size_t j = 0; j < (transposed ? rows : cols); ++j) {
+    const float* row = a_side.data() + j * factors.stride;
+    for (std::size_t i = 0; i < rank; ++i) largest[i] = std::fabs(row[i]) > std::fabs(largest[i]) ? row[i] : largest[i];
+  }
   std::vector<double> left_scale(rank), right_scale(rank);
-  pool.run(rank, [&](std::size_t i) {
-    const float* left = factors.left.data() + i * rows;
-    const float* right = factors.right.data() + i * cols;
-    const float* a_row = request.fan_in_fan_out ? left : right;
-    const std::size_t length = request.fan_in_fan_out ? rows : cols;
-    const float* largest =
-        std::max_element(a_row, a_row + length, [](float x, float y) { return std::fabs(x) < std::fabs(y); });
-    const double sign = *largest < 0 ? -1 : 1;
+  for (std::size_t i = 0; i < rank; ++i) {
+    const double sign = largest[i] < 0 ? -1 : 1;
     const double shared = factors.sigma[i] / request.scaling;
     left_scale[i] = sign * std::sqrt(shared);
     right_scale[i] = shared > 0 ? sign / (std::sqrt(shared) * request.scaling) : 0;
-  });
-  const bool transposed = request.fan_in_fan_out;
-  constexpr std::size_t kPiece = 512;
-  std::vector<unsigned char> finite((rows + kPiece - 1) / kPiece + rank, 1);
-  pool.run((rows + kPiece - 1) / kPiece, [&](std::size_t task) {
+  }
+  constexpr std::size_t kPiece = 64;
+  const std::size_t left_tasks = (rows + kPiece - 1) / kPiece, right_tasks = (cols + kPiece - 1) / kPiece;
+  std::vector<unsigned char> finite(left_tasks + right_tasks, 1);
+  pool.run(finite.size(), [&](std::size_t task) {
+    const bool is_left = task < left_tasks;
+    const std::size_t begin = (is_left ? task : task - left_tasks) * kPiece;
+    const std::size_t end = std::min(is_left ? rows : cols, begin + kPiece);
     bool good = true;
-    for (std::size_t j = task * kPiece; j < std::min(rows, (task + 1) * kPiece); ++j) {
-      for (std::size_t i = 0; i < rank; ++i) {
-        const auto value = static_cast<float>(static_cast<double>(factors.left[i * rows + j]) * left_scale[i]);
-        float& place = stored.left[j * rank + i];
-        place = transposed ? store(request.a, request.adapter_dtype, i * rows + j, value)
-                           : store(request.b, request.adapter_dtype, j * rank + i, value);
-        good = good && std::isfinite(place);
+    for (std::size_t i = 0; i < rank; ++i) {
+      for (std::size_t j = begin; j < end; ++j) {
+        const float source = (is_left ? factors.left : factors.right)[j * factors.stride + i];
+        auto value = static_cast<float>(static_cast<double>(source) * (is_left ? left_scale : right_scale)[i]);
+        if (coarse) value = bf16_to_float(float_to_bf16(value));
+        // B is the left factor and A the right one; a transposed weight swaps them and their layouts.
+        float kept;
+        if (is_left) {
+          kept = transposed ? store(request.a, request.adapter_dtype, i * rows + j, value)
+                            : store(request.b, request.adapter_dtype, j * rank + i, value);
+          stored.left[j * rank + i] = kept;
+        } else {
+          kept = transposed ? store(request.b, request.adapter_dtype, j * rank + i, value)
+                            : store(request.a, request.adapter_dtype, i * cols + j, value);
+          stored.right[i * cols + j] = kept;
+        }
+        good = good && std::isfinite(kept);
       }
     }
-    finite[rank + task] = good;
-  });
-  pool.run(rank, [&](std::size_t i) {
-    bool good = true;
-    for (std::size_t j = 0; j < cols; ++j) {
-      const auto value = static_cast<float>(static_cast<double>(factors.right[i * cols + j]) * right_scale[i]);
-      float& place = stored.right[i * cols + j];
-      place = transposed ? store(request.b, request.adapter_dtype, j * rank + i, value)
-                         : store(request.a, request.adapter_dtype, i * cols + j, value);
-      good = good && std::isfinite(place);
-    }
-    finite[i] = good;
+    finite[task] = good;
   });
   stored.finite = std::all_of(finite.begin(), finite.end(), [](unsigned char good) { return good != 0; });
   return stored;
@@ -256,7 +274,10 @@ SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
     factors = factor_exactly(kernels, pool, request.weight, request.rank);
     result.ritz_seconds = seconds_since(start);
   } else {
-    factors = factor_by_krylov(kernels, pool, request, schedule, result);
+    factors =
+        uses_bf16(kernels, request.weight)
+            ? factor_by_krylov<std::uint16_t>(kernels, pool, request, schedule, false, result)
+            : factor_by_krylov<float>(kernels, pool, request, schedule, request.weight.dtype == DType::f32, result);
   }
   auto phase = Clock::now();
   const StoredFactors stored = store_factors(pool, request, factors);
@@ -275,15 +296,15 @@ SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
   return result;
 }
 
-std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes) {
+std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads) {
   const Schedule schedule(weight, rank, passes);
   const std::size_t factors = 2 * sizeof(float) * (weight.rows + weight.cols) * rank;
   const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
   const std::size_t columns = schedule.block * schedule.max_passes;
-  const std::size_t range = schedule.exact
-                                ? sizeof(double) * (2 * small * small + small * (kExactPiece + rank) + large * rank)
-                                : RangeFinder::workspace_bytes(weight, schedule.block, schedule.max_passes) +
-                                      sizeof(double) * 6 * columns * columns;
+  const std::size_t range =
+      schedule.exact ? sizeof(double) * (2 * small * small + small * (kExactPiece + rank) + large * rank)
+                     : RangeFinder<float>::workspace_bytes(weight, schedule.block, schedule.max_passes, threads) +
+                           sizeof(double) * 6 * columns * columns;
   return std::max(range + factors / 2, factors + residual_workspace_bytes(weight, rank)) + (4u << 20);
 }
 

@@ -32,7 +32,7 @@ struct SplitResult {
   std::size_t passes = 0;  // 0: the exact method of small matrices
   std::size_t block = 0;
   bool householder = false;
-  double sketch_seconds = 0, sweep_seconds = 0, ritz_seconds = 0, residual_seconds = 0;
+  double sweep_seconds = 0, ritz_seconds = 0, residual_seconds = 0;
 };
 
 // Throws std::domain_error, before anything is written, where W is not finite or a factor overflows its dtype, and
@@ -40,6 +40,6 @@ struct SplitResult {
 SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request);
 
 // Upper bound of the bytes that split() takes beside W, A and B.
-std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes);
+std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads);
 
 }  // namespace pissa

@@ -1,143 +1,168 @@
 #include "sweep.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <type_traits>
 
-#include "kernels/scalar.hpp"
+#include "packing.hpp"
 
 namespace pissa {
 namespace {
 
-// A panel stays in the last-level cache between its two products; more rows per panel mean fewer passes over Z.
-constexpr std::size_t kPanelBytes = 4u << 20;
-constexpr std::size_t kMaxPanelRows = 256;
-constexpr std::size_t kMinPanelRows = 64;
-// A block of packed x that stays in the first-level cache while the rows of a task pass over it.
-constexpr std::size_t kXBlockBytes = 32u << 10;
-constexpr std::size_t kRowsPerTask = 32;
-constexpr std::size_t kStripsPerTask = 8;
-constexpr std::size_t kStripsPerPack = 4;
-constexpr std::size_t kMaxStripWidth = 64;
-constexpr std::size_t kPackedStrip = (kMaxPanelRows + 2) * kMaxStripWidth;
-constexpr std::size_t kMaxTileRows = 16;
+// A block of rows stays in a core's second-level cache between its two products.
+constexpr std::size_t kBlockBytes = 512u << 10;
+constexpr std::size_t kMinBlockRows = 32, kMaxBlockRows = 128;
+// Rows whose part of Z is summed by one task: many blocks, so that adding up the parts is little work.
+constexpr std::size_t kLaneRows = 512;
+constexpr std::size_t kLanes = 8;  // at least, where there are rows enough for a block in each
+// A piece of packed x that stays in the second-level cache while the rows of a block pass over it.
+constexpr std::size_t kXBytes = 256u << 10;
+constexpr std::size_t kStrip = 64;  // columns of a block that are packed together
 
-std::size_t round_up(std::size_t value, std::size_t step) { return (value + step - 1) / step * step; }
-
-std::size_t choose_panel_rows(const Weight& weight) {
-  const std::size_t fitting = kPanelBytes / std::max<std::size_t>(1, weight.cols * size_of(weight.dtype));
-  const std::size_t rows = std::clamp(fitting, kMinPanelRows, kMaxPanelRows);
-  return std::min(round_up(rows, kRowsPerTask), round_up(weight.rows, 2));
+std::size_t choose_block_rows(const Weight& weight) {
+  const std::size_t fitting = kBlockBytes / std::max<std::size_t>(1, weight.cols * size_of(weight.dtype));
+  const std::size_t rows = std::clamp(fitting / 32 * 32, kMinBlockRows, kMaxBlockRows);
+  return std::min(rows, round_up(std::max<std::size_t>(weight.rows / kLanes, 1), kMinBlockRows));
 }
 
-// k columns as vectors, split as evenly as the tile's width allows.
-struct Groups {
-  Groups(std::size_t k, const Tile& tile)
-      : vectors((k + tile.width - 1) / tile.width), count((vectors + tile.vectors - 1) / tile.vectors) {}
-  std::size_t begin(std::size_t group) const { return vectors * group / count; }
-  std::size_t size(std::size_t group) const { return begin(group + 1) - begin(group); }
-  std::size_t vectors;
-  std::size_t count;
-};
-
-template <class Element>
-Element to_element(float value) {
-  if constexpr (std::is_same_v<Element, float>) {
-    return value;
-  } else {
-    return float_to_bf16(value);
-  }
+std::size_t choose_lane_rows(const Weight& weight, std::size_t block_rows) {
+  const std::size_t rows = std::min((weight.rows + kLanes - 1) / kLanes, kLaneRows);
+  return round_up(std::max<std::size_t>(rows, 1), block_rows);
 }
 
 }  // namespace
 
-Sweep::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t max_block, bool safe)
+template <class Element>
+struct Sweep<Element>::Lane {
+  Lane(const Sweep& sweep, std::size_t k)
+      : converted(sweep.pool_.scratch(), sweep.direct_ ? 0 : sweep.block_rows_ * sweep.row_stride_),
+        packed_y(sweep.pool_.scratch(), sweep.block_rows_ * k),
+        sums(sweep.pool_.scratch(), sweep.block_rows_ * k) {}
+  Buffer<Element> converted;
+  Buffer<Element> packed_y;  // [group][step][column of the group][depth]
+  Buffer<float> sums;
+  const Element* rows = nullptr;  // of the block, row_stride_ apart
+  // The weight's rows behind the block, where no product W·x will fetch them: its reading of W is one the hardware can
+  // foresee, that of column strips is not.
+  const char* ahead = nullptr;
+};
+
+template <class Element>
+Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t max_block)
     : kernels_(kernels),
       pool_(pool),
       weight_(weight),
-      tile_(weight.dtype == DType::bf16 && kernels.tile_bf16 != nullptr && !safe ? *kernels.tile_bf16
-                                                                                 : kernels.tile_f32),
-      panel_rows_(choose_panel_rows(weight)),
-      padded_cols_(round_up(weight.cols, tile_.depth)) {
-  const std::size_t width = round_up(max_block, 16);
-  if (tile_.depth == 1 && weight.dtype != DType::f32)
-    panel_ = Buffer<float>(pool.scratch(), panel_rows_ * (weight.cols + 16));
-  packed_x_ = Buffer<float>(pool.scratch(), padded_cols_ * width / tile_.depth);
-  packed_y_ = Buffer<float>(pool.scratch(), panel_rows_ * width);
-  sums_ = Buffer<float>(pool.scratch(), panel_rows_ * width);
-}
+      tile_(tile_for<Element>(kernels)),
+      block_rows_(choose_block_rows(weight)),
+      lane_rows_(choose_lane_rows(weight, block_rows_)),
+      steps_((weight.cols + tile_.depth - 1) / tile_.depth),
+      direct_((kIsBf16<Element> ? weight.dtype == DType::bf16 : weight.dtype == DType::f32) &&
+              weight.cols % tile_.depth == 0),
+      row_stride_(direct_ ? weight.cols : round_up(weight.cols, 32) + 32),
+      packed_x_(pool.scratch(), steps_ * tile_.depth * max_block) {}
 
-std::size_t Sweep::workspace_bytes(const Weight& weight, std::size_t max_block) {
-  const std::size_t width = round_up(max_block, 16);
-  const std::size_t rows = choose_panel_rows(weight);
-  return sizeof(float) * (rows * (weight.cols + 16) + (weight.cols + 1) * width + 2 * rows * width);
-}
-
-const void* Sweep::panel_data(std::size_t panel, std::size_t row, std::size_t& stride) const {
-  if (!panel_.empty()) {
-    stride = weight_.cols + 16;
-    return panel_.data() + row * stride;
-  }
-  stride = weight_.cols;
-  return static_cast<const char*>(weight_.data) + (panel + row) * stride * size_of(weight_.dtype);
-}
-
-void Sweep::power_step(const float* x, std::size_t k, float x_scale, float* y, float* z) {
-  tile_.depth == 2 ? run<std::uint16_t>(x, k, x_scale, y, z) : run<float>(x, k, x_scale, y, z);
-}
-
-void Sweep::transposed_product(float* y, std::size_t k, float* z) {
-  tile_.depth == 2 ? run<std::uint16_t>(nullptr, k, 1, y, z) : run<float>(nullptr, k, 1, y, z);
+template <class Element>
+std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t max_block, unsigned threads) {
+  const std::size_t rows = choose_block_rows(weight);
+  const std::size_t lane =
+      sizeof(Element) * rows * (weight.cols + 64 + max_block) + sizeof(float) * (rows + weight.cols) * max_block;
+  return sizeof(Element) * (weight.cols + 1) * max_block + threads * lane;
 }
 
 template <class Element>
-void Sweep::run(const float* x, std::size_t k, float x_scale, float* y, float* z) {
-  if (x != nullptr) pack_x<Element>(x, k, x_scale);
-  std::memset(z, 0, sizeof(float) * weight_.cols * k);
-  const std::size_t strip = tile_.vectors * tile_.width;
-  const std::size_t strips = (weight_.cols + strip - 1) / strip;
-  for (std::size_t panel = 0; panel < weight_.rows; panel += panel_rows_) {
-    const std::size_t rows = std::min(panel_rows_, weight_.rows - panel);
-    pool_.run((rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::size_t task) {
-      const std::size_t begin = task * kRowsPerTask;
-      const std::size_t end = std::min(rows, begin + kRowsPerTask);
-      if (!panel_.empty()) {
-        for (std::size_t i = begin; i < end; ++i) {
-          const char* row =
-              static_cast<const char*>(weight_.data) + (panel + i) * weight_.cols * size_of(weight_.dtype);
-          kernels_.widen(row, weight_.dtype, panel_.data() + i * (weight_.cols + 16), weight_.cols);
-        }
+template <class Rows>
+void Sweep<Element>::for_each_block(std::size_t k, float z_scale, float* z, const Rows& rows) {
+  const std::size_t lanes = (weight_.rows + lane_rows_ - 1) / lane_rows_;
+  const std::size_t size = weight_.cols * k;
+  std::atomic<std::size_t> added{0};
+  pool_.run(lanes, [&](std::size_t index) {
+    Lane lane(*this, k);
+    Buffer<float> part(pool_.scratch(), index == 0 ? 0 : size);
+    float* sum = index == 0 ? z : part.data();
+    std::memset(sum, 0, sizeof(float) * size);
+    const std::size_t stop = std::min(weight_.rows, (index + 1) * lane_rows_);
+    for (std::size_t begin = index * lane_rows_; begin < stop; begin += block_rows_) {
+      const std::size_t count = std::min(block_rows_, stop - begin);
+      load_rows(begin, count, lane);
+      rows(begin, count, lane);
+      multiply_columns(count, k, lane, sum);
+    }
+    // In their order, which is also that in which tasks are handed out: the one waited for is always at work.
+    wait_until([&] { return added.load(std::memory_order_acquire) == index; });
+    const float scale = index + 1 == lanes ? z_scale : 1.0f;
+    if (index > 0) {
+      for (std::size_t i = 0; i < size; ++i) z[i] = (z[i] + sum[i]) * scale;
+    } else if (scale != 1.0f) {
+      for (std::size_t i = 0; i < size; ++i) z[i] *= scale;
+    }
+    added.store(index + 1, std::memory_order_release);
+  });
+}
+
+template <class Element>
+void Sweep<Element>::power_step(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
+                                std::size_t y_stride, float z_scale, float* z) {
+  pack_x(x, x_stride, k, x_scale);
+  for_each_block(k, z_scale, z, [&](std::size_t begin, std::size_t count, Lane& lane) {
+    multiply_rows(count, k, lane);
+    for (std::size_t i = 0; i < count; ++i) {
+      round_to(kernels_, lane.sums.data() + i * k, y + (begin + i) * y_stride, k);
+    }
+    pack_y(y + begin * y_stride, y_stride, count, k, lane);
+  });
+}
+
+template <class Element>
+void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float* z) {
+  for_each_block(k, 1.0f, z, [&](std::size_t begin, std::size_t count, Lane& lane) {
+    lane.ahead = static_cast<const char*>(weight_.data) + (begin + count) * weight_.cols * size_of(weight_.dtype);
+    pack_y(y + begin * y_stride, y_stride, count, k, lane);
+  });
+}
+
+// The block's rows as elements, padded with a zero where pairs do not come out even.
+template <class Element>
+void Sweep<Element>::load_rows(std::size_t begin, std::size_t count, Lane& lane) const {
+  const std::size_t bytes = weight_.cols * size_of(weight_.dtype);
+  const char* data = static_cast<const char*>(weight_.data) + begin * bytes;
+  if (direct_) {
+    lane.rows = reinterpret_cast<const Element*>(data);
+    return;
+  }
+  lane.rows = lane.converted.data();
+  constexpr std::size_t kPiece = 1024;
+  alignas(64) float wide[kPiece];
+  for (std::size_t i = 0; i < count; ++i) {
+    Element* out = lane.converted.data() + i * row_stride_;
+    for (std::size_t at = 0; at < weight_.cols; at += kPiece) {
+      const std::size_t size = std::min(kPiece, weight_.cols - at);
+      const char* src = data + i * bytes + at * size_of(weight_.dtype);
+      if constexpr (kIsBf16<Element>) {
+        kernels_.widen(src, weight_.dtype, wide, size);
+        kernels_.bf16->narrow(wide, out + at, size);
+      } else {
+        kernels_.widen(src, weight_.dtype, out + at, size);
       }
-      if (x != nullptr) multiply_rows<Element>(panel, begin, end, k);
-      pack_y<Element>(panel, begin, end, k, y, x != nullptr);
-    });
-    pool_.run((strips + kStripsPerTask - 1) / kStripsPerTask, [&](std::size_t task) {
-      const std::size_t begin = task * kStripsPerTask * strip;
-      multiply_columns<Element>(panel, begin, std::min(weight_.cols, begin + kStripsPerTask * strip), k, z);
-    });
+    }
+    out[weight_.cols] = Element{0};
   }
 }
 
-// x → [group][column / depth][vector lanes of the group][depth], zero beyond its k columns and the last column.
 template <class Element>
-void Sweep::pack_x(const float* x, std::size_t k, float x_scale) {
+void Sweep<Element>::pack_x(const Element* x, std::size_t stride, std::size_t k, float x_scale) {
   const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
-  auto* packed = reinterpret_cast<Element*>(packed_x_.data());
-  constexpr std::size_t kChunk = 512;
-  pool_.run((padded_cols_ + kChunk - 1) / kChunk, [&](std::size_t task) {
-    const std::size_t begin = task * kChunk;
-    const std::size_t end = std::min(padded_cols_, begin + kChunk);
+  constexpr std::size_t kSteps = 128;
+  pool_.run((steps_ + kSteps - 1) / kSteps, [&](std::size_t task) {
+    const std::size_t begin = task * kSteps * depth;
+    const std::size_t end = std::min(weight_.cols, begin + kSteps * depth);
     for (std::size_t group = 0; group < groups.count; ++group) {
-      const std::size_t first = groups.begin(group) * tile_.width;
-      const std::size_t lanes = groups.size(group) * tile_.width;
-      Element* out = packed + first * padded_cols_;
-      for (std::size_t lane = 0; lane < lanes; ++lane) {
-        const float* column = x + (first + lane) * weight_.cols;
-        for (std::size_t j = begin; j < end; ++j) {
-          const bool inside = first + lane < k && j < weight_.cols;
-          out[(j / depth * lanes + lane) * depth + j % depth] =
-              inside ? to_element<Element>(column[j] * x_scale) : Element{0};
+      const std::size_t lanes = groups.size(group);
+      Element* out = packed_x_.data() + groups.begin(group) * steps_ * depth + begin * lanes;
+      pack(kernels_, x + begin * stride + groups.begin(group), stride, end - begin, lanes, lanes, out);
+      if (x_scale != 1.0f) {
+        for (std::size_t i = 0; i < round_up(end - begin, depth) * lanes; ++i) {
+          out[i] = to_element<Element>(to_float(out[i]) * x_scale);
         }
       }
     }
@@ -145,122 +170,55 @@ void Sweep::pack_x(const float* x, std::size_t k, float x_scale) {
 }
 
 template <class Element>
-void Sweep::multiply_rows(std::size_t panel, std::size_t begin, std::size_t end, std::size_t k) {
+void Sweep<Element>::multiply_rows(std::size_t count, std::size_t k, Lane& lane) const {
   const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
-  const std::size_t width = groups.vectors * tile_.width;
-  std::size_t stride = 0;
-  const auto* rows = static_cast<const Element*>(panel_data(panel, 0, stride));
-  const auto* packed = reinterpret_cast<const Element*>(packed_x_.data());
-  // An odd last column has no partner in its row: its products are added one by one below.
-  const std::size_t steps = weight_.cols / depth;
-  const std::size_t block = std::max<std::size_t>(16, kXBlockBytes / (width * depth * sizeof(Element)));
-  std::fill(sums_.data() + begin * width, sums_.data() + end * width, 0.0f);
-  for (std::size_t at = 0; at < steps; at += block) {
-    const std::size_t count = std::min(block, steps - at);
+  const std::size_t piece = std::max<std::size_t>(16, kXBytes / (k * depth * sizeof(Element)));
+  std::fill_n(lane.sums.data(), count * k, 0.0f);
+  for (std::size_t at = 0; at < steps_; at += piece) {
+    const std::size_t steps = std::min(piece, steps_ - at);
     for (std::size_t group = 0; group < groups.count; ++group) {
-      const std::size_t first = groups.begin(group) * tile_.width;
-      const std::size_t lanes = groups.size(group) * tile_.width;
-      const Element* b = packed + first * padded_cols_ + at * lanes * depth;
-      for (std::size_t i = begin; i < end; i += tile_.rows) {
-        tile_.accumulate(rows + i * stride + at * depth, stride, depth, b, count, sums_.data() + i * width + first,
-                         width, std::min(tile_.rows, end - i), groups.size(group));
-      }
-    }
-  }
-  if (steps * depth == weight_.cols) return;
-  if constexpr (std::is_same_v<Element, std::uint16_t>) {
-    const std::size_t last = weight_.cols - 1;
-    for (std::size_t i = begin; i < end; ++i) {
-      const float w = bf16_to_float(rows[i * stride + last]);
-      for (std::size_t group = 0; group < groups.count; ++group) {
-        const std::size_t first = groups.begin(group) * tile_.width;
-        const std::size_t lanes = groups.size(group) * tile_.width;
-        const Element* b = packed + first * padded_cols_ + steps * lanes * depth;
-        for (std::size_t lane = 0; lane < lanes; ++lane) {
-          sums_[i * width + first + lane] += w * bf16_to_float(b[lane * depth]);
-        }
-      }
+      const Element* b = packed_x_.data() + (groups.begin(group) * steps_ + at * groups.size(group)) * depth;
+      tile_.accumulate(lane.rows + at * depth, row_stride_, depth, b, steps, lane.sums.data() + groups.begin(group), k,
+                       count, groups.vectors_of(group));
     }
   }
 }
 
-// The rows' y, rounded to the operand type, both to the caller and as [row / depth][column][depth] for the second
-// product. `computed` says whether it comes from the first product or from the caller.
 template <class Element>
-void Sweep::pack_y(std::size_t panel, std::size_t begin, std::size_t end, std::size_t k, float* y, bool computed) {
+void Sweep<Element>::pack_y(const Element* y, std::size_t y_stride, std::size_t count, std::size_t k,
+                            Lane& lane) const {
+  const Groups groups(k, tile_);
+  for (std::size_t group = 0; group < groups.count; ++group) {
+    const std::size_t lanes = groups.size(group);
+    pack(kernels_, y + groups.begin(group), y_stride, count, lanes, lanes,
+         lane.packed_y.data() + groups.begin(group) * block_rows_);
+  }
+}
+
+template <class Element>
+void Sweep<Element>::multiply_columns(std::size_t count, std::size_t k, const Lane& lane, float* z) const {
+  const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
-  const std::size_t width = Groups(k, tile_).vectors * tile_.width;
-  auto* packed = reinterpret_cast<Element*>(packed_y_.data());
-  const std::size_t padded_end = round_up(end, depth);
-  for (std::size_t c = 0; c < width; ++c) {
-    for (std::size_t i = begin; i < padded_end; ++i) {
-      Element element{0};
-      if (i < end && c < k) {
-        float& value = y[c * weight_.rows + panel + i];
-        element = to_element<Element>(computed ? sums_[i * width + c] : value);
-        if constexpr (std::is_same_v<Element, float>) {
-          value = element;
-        } else {
-          value = bf16_to_float(element);
-        }
+  const std::size_t steps = (count + depth - 1) / depth;
+  alignas(64) Element packed[kStrip * kMaxBlockRows];  // [step][column][depth]
+  for (std::size_t begin = 0; begin < weight_.cols; begin += kStrip) {
+    const std::size_t size = std::min(kStrip, weight_.cols - begin);
+    pack(kernels_, lane.rows + begin, row_stride_, count, size, kStrip, packed);
+    if (lane.ahead != nullptr) {
+      // Meanwhile the next rows come from memory, in the order in which they lie there.
+      for (std::size_t i = 0; i < kStrip * count * size_of(weight_.dtype); i += 64) {
+        __builtin_prefetch(lane.ahead + begin * count * size_of(weight_.dtype) + i, 0, 2);
       }
-      packed[(i / depth * width + c) * depth + i % depth] = element;
+    }
+    for (std::size_t group = 0; group < groups.count; ++group) {
+      tile_.accumulate(packed, depth, kStrip * depth, lane.packed_y.data() + groups.begin(group) * block_rows_, steps,
+                       z + begin * k + groups.begin(group), k, size, groups.vectors_of(group));
     }
   }
 }
 
-// Columns of a panel's rows as strips of [row / depth][column][depth], zero beyond the last row and column.
-template <class Element>
-void Sweep::pack_strips(const Element* data, std::size_t stride, std::size_t rows, std::size_t columns,
-                        Element* packed) const {
-  const std::size_t strip = tile_.vectors * tile_.width;
-  for (std::size_t i = 0; i < rows; i += tile_.depth) {
-    for (std::size_t j = 0, slot = 0; j < columns; j += strip, ++slot) {
-      const std::size_t count = std::min(strip, columns - j);
-      Element* out = packed + slot * kPackedStrip + i * strip;
-      if constexpr (std::is_same_v<Element, std::uint16_t>) {
-        kernels_.pack_pairs(data + i * stride + j, stride, std::min<std::size_t>(2, rows - i), count, strip, out);
-      } else {
-        std::memcpy(out, data + i * stride + j, count * sizeof(float));
-        std::fill(out + count, out + strip, 0.0f);
-      }
-    }
-  }
-}
-
-template <class Element>
-void Sweep::multiply_columns(std::size_t panel, std::size_t begin, std::size_t end, std::size_t k, float* z) const {
-  const std::size_t depth = tile_.depth;
-  const std::size_t width = Groups(k, tile_).vectors * tile_.width;
-  const std::size_t strip = tile_.vectors * tile_.width;
-  const std::size_t rows = std::min(panel_rows_, weight_.rows - panel);
-  const std::size_t steps = (rows + depth - 1) / depth;
-  std::size_t stride = 0;
-  const auto* data = static_cast<const Element*>(panel_data(panel, 0, stride));
-  const auto* packed = reinterpret_cast<const Element*>(packed_y_.data());
-  // Several strips are packed together: a row's piece is then long enough for the hardware to fetch ahead.
-  alignas(64) Element packed_w[kStripsPerPack][kPackedStrip];
-  alignas(64) float edge[kMaxTileRows * kMaxStripWidth];
-  for (std::size_t j = begin; j < end; j += strip) {
-    const std::size_t slot = (j - begin) / strip % kStripsPerPack;
-    if (slot == 0) pack_strips(data + j, stride, rows, std::min(kStripsPerPack * strip, end - j), packed_w[0]);
-    const Element* b = packed_w[slot];
-    const std::size_t columns = std::min(strip, end - j);
-    for (std::size_t c = 0; c < k; c += tile_.rows) {
-      const std::size_t count = std::min(tile_.rows, k - c);
-      float* out = z + c * weight_.cols + j;
-      if (columns == strip) {
-        tile_.accumulate(packed + c * depth, depth, width * depth, b, steps, out, weight_.cols, count, tile_.vectors);
-        continue;
-      }
-      std::fill(edge, edge + count * strip, 0.0f);
-      tile_.accumulate(packed + c * depth, depth, width * depth, b, steps, edge, strip, count, tile_.vectors);
-      for (std::size_t i = 0; i < count; ++i) {
-        for (std::size_t lane = 0; lane < columns; ++lane) out[i * weight_.cols + lane] += edge[i * strip + lane];
-      }
-    }
-  }
-}
+template class Sweep<float>;
+template class Sweep<std::uint16_t>;
 
 }  // namespace pissa

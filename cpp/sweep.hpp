@@ -11,50 +11,48 @@
 
 namespace pissa {
 
-// Dense operands are column-major float, LAPACK's layout, without padding between columns.
+// Dense operands are row-major; `Element` is float, or the bits of bf16 (see packing.hpp), to which a weight of another
+// dtype is converted panel by panel. The number of columns k is a multiple of 16.
 //
 // Every element is summed in an order that depends only on the shapes and the kernel: a row's dot product by one
-// task, and Z's columns by one task each over the panels in order. So results are the same for any number of threads.
+// task, and Z as parts over fixed ranges of rows, which are added in their order. So results are the same for any
+// number of threads.
+template <class Element>
 class Sweep {
  public:
-  // `safe` avoids bf16 operands (whose instruction flushes denormals) for weights of extreme scale.
-  Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t max_block, bool safe = false);
+  Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t max_block);
 
-  static std::size_t workspace_bytes(const Weight& weight, std::size_t max_block);
+  static std::size_t workspace_bytes(const Weight& weight, std::size_t max_block, unsigned threads);
 
-  // y (rows × k) = round(W·x·x_scale) and z (cols × k) = Wᵀ·y, where x is cols × k. The rounding is to bf16 where the
-  // kernel multiplies bf16, else none; x is rounded likewise. z belongs to exactly the y that is returned.
-  void power_step(const float* x, std::size_t k, float x_scale, float* y, float* z);
+  // y (rows × k) = round(W·x·x_scale), z (cols × k, contiguous) = Wᵀ·y·z_scale for exactly the y that is returned.
+  // x is cols × k; the scales are powers of two.
+  void power_step(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
+                  std::size_t y_stride, float z_scale, float* z);
 
-  // y (rows × k) is rounded in place; z (cols × k) = Wᵀ·y.
-  void transposed_product(float* y, std::size_t k, float* z);
+  // z (cols × k, contiguous) = Wᵀ·y.
+  void transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float* z);
 
  private:
-  template <class Element>
-  void run(const float* x, std::size_t k, float x_scale, float* y, float* z);
-  template <class Element>
-  void pack_x(const float* x, std::size_t k, float x_scale);
-  template <class Element>
-  void multiply_rows(std::size_t panel, std::size_t begin, std::size_t end, std::size_t k);
-  template <class Element>
-  void pack_y(std::size_t panel, std::size_t begin, std::size_t end, std::size_t k, float* y, bool computed);
-  template <class Element>
-  void pack_strips(const Element* data, std::size_t stride, std::size_t rows, std::size_t columns,
-                   Element* packed) const;
-  template <class Element>
-  void multiply_columns(std::size_t panel, std::size_t begin, std::size_t end, std::size_t k, float* z) const;
-  const void* panel_data(std::size_t panel, std::size_t row, std::size_t& stride) const;
+  struct Lane;  // what one task works with
+  // Block by block: rows(first row, rows, lane) puts y's rows into the lane's packed y, then z is added to.
+  template <class Rows>
+  void for_each_block(std::size_t k, float z_scale, float* z, const Rows& rows);
+  void load_rows(std::size_t begin, std::size_t count, Lane& lane) const;
+  void pack_x(const Element* x, std::size_t stride, std::size_t k, float x_scale);
+  void multiply_rows(std::size_t count, std::size_t k, Lane& lane) const;
+  void pack_y(const Element* y, std::size_t y_stride, std::size_t count, std::size_t k, Lane& lane) const;
+  void multiply_columns(std::size_t count, std::size_t k, const Lane& lane, float* z) const;
 
   const Kernels& kernels_;
   ThreadPool& pool_;
   Weight weight_;
   const Tile& tile_;
-  std::size_t panel_rows_;
-  std::size_t padded_cols_;  // of x's packed form, a multiple of the tile's depth
-  Buffer<float> panel_;      // widened rows, where the operands are float and the weight is not
-  Buffer<float> packed_x_;
-  Buffer<float> packed_y_;
-  Buffer<float> sums_;
+  std::size_t block_rows_;
+  std::size_t lane_rows_;
+  std::size_t steps_;  // of a row's dot product
+  bool direct_;        // the weight's rows are elements as they lie
+  std::size_t row_stride_;
+  Buffer<Element> packed_x_;  // [group][step][column of the group][depth]
 };
 
 }  // namespace pissa

@@ -1,19 +1,50 @@
-// Products of tall, narrow, column-major matrices, parallel over fixed blocks of rows above single-threaded BLAS.
+// Products of matrices of many rows and few columns, row-major, parallel over fixed blocks of rows. `Element` is float
+// or the bits of bf16 (see packing.hpp); column counts are multiples of 16.
 #pragma once
 
 #include <cstddef>
 
+#include "buffer.hpp"
+#include "kernels/kernels.hpp"
 #include "thread_pool.hpp"
 
 namespace pissa {
 
-// c (p × q) = aᵀ·b for a (n × p) and b (n × q), both with leading dimension n. Blocks are multiplied in float, or in
-// double with `exact`, and added in double in the order of the rows, whatever the threads.
-void cross_product(ThreadPool& pool, std::size_t n, const float* a, std::size_t p, const float* b, std::size_t q,
-                   bool exact, double* c);
+// c (p × q, column-major) = aᵀ·b for a (n × p) and b (n × q) of the same stride. Blocks are multiplied in float and
+// added in double in the order of the rows, whatever the threads.
+template <class Element>
+void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t p,
+                   const Element* b, std::size_t q, std::size_t stride, double* c);
 
-// c (n × q) = alpha·a·b + beta·c for a (n × p) and b (p × q).
-void multiply(ThreadPool& pool, std::size_t n, float alpha, const float* a, std::size_t p, const float* b,
-              std::size_t q, float beta, float* c);
+// The same in double throughout.
+void exact_cross_product(ThreadPool& pool, std::size_t n, const float* a, std::size_t p, const float* b, std::size_t q,
+                         std::size_t stride, double* c);
+
+// A narrow matrix b (p × q, column-major), rounded to Operand, as the right factor of products. Its columns are padded
+// with zeros to `width`, a multiple of 16.
+template <class Operand>
+class RightFactor {
+ public:
+  RightFactor(const Kernels& kernels, ThreadPool& pool, std::size_t p, const double* b, std::size_t q);
+  std::size_t width() const { return width_; }
+
+  // c (rows × width) += a·b for a (rows × p), which is widened to Operand where it is narrower.
+  template <class Element>
+  void add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c, std::size_t c_stride) const;
+
+ private:
+  const Kernels& kernels_;
+  ThreadPool& pool_;
+  std::size_t p_, width_;
+  Buffer<Operand> packed_;  // [group][step][column][depth]
+};
+
+// Row ranges of products are done in tasks of so many.
+constexpr std::size_t kRowsPerProduct = 64;
+
+// a·b, row-major with stride q rounded up to 16, for a (n × p) and b (p × q, column-major).
+template <class Operand, class Element>
+Buffer<float> multiply(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t a_stride,
+                       std::size_t p, const double* b, std::size_t q);
 
 }  // namespace pissa

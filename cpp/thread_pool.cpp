@@ -20,6 +20,14 @@ void pause() {
 
 }  // namespace
 
+void relax(int spins) {
+  if (spins < kSpins) {
+    pause();
+  } else {
+    std::this_thread::yield();
+  }
+}
+
 ThreadPool::ThreadPool(unsigned threads) {
   for (unsigned i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
 }
@@ -50,13 +58,7 @@ void ThreadPool::run_erased(std::size_t count, Call call, const void* task) {
   }
   if (sleeping_.load() > 0) wake_.notify_all();
   drain();
-  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
-    if (spins < kSpins) {
-      pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  wait_until([&] { return busy_.load(std::memory_order_acquire) == 0; });
 }
 
 void ThreadPool::drain() {

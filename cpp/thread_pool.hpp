@@ -15,6 +15,13 @@
 
 namespace pissa {
 
+void relax(int spins);  // one turn of a waiting loop: a pause, or after many the CPU to others
+
+template <class Condition>
+void wait_until(const Condition& condition) {
+  for (int spins = 0; !condition(); ++spins) relax(spins);
+}
+
 class ThreadPool {
  public:
   explicit ThreadPool(unsigned threads);

@@ -20,6 +20,8 @@ from pissa_convert.linalg import SplitSpec
 from pissa_convert.linalg.native import NativeBackend
 
 UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+FACTOR_ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 2**-8}
+"""Of the factors: those of a bf16 weight have its 8 bits in whatever dtype they are stored."""
 
 
 def norm(matrix: torch.Tensor) -> float:
@@ -95,7 +97,7 @@ def test_any_shape_and_rank(shape: tuple[int, int], rank: int, dtype: torch.dtyp
     # At full rank the residual is nothing but the rounding of A and B, and float's own errors show beside it.
     assert error <= 1.02 * rounding + 3e-7 * norm(weight)
     if rank == min(shape):
-        assert norm(result.residual) < 1e-6 * norm(weight)
+        assert norm(result.residual) < FACTOR_ROUNDING[dtype] * norm(weight)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES.values()))
@@ -104,7 +106,8 @@ def test_singular_vectors_are_orthogonal_and_signs_are_fixed(dtype: torch.dtype)
     result = split(weight, 24)
     for vectors in (result.A.double(), result.B.double().T):
         unit = vectors / vectors.norm(dim=1, keepdim=True)
-        assert torch.allclose(unit @ unit.T, torch.eye(24, dtype=torch.float64), atol=2e-5)
+        atol = 2e-5 if dtype != torch.bfloat16 else UNIT_ROUNDOFF[dtype]
+        assert torch.allclose(unit @ unit.T, torch.eye(24, dtype=torch.float64), atol=atol)
     largest = result.A.gather(1, result.A.abs().argmax(1, keepdim=True))
     assert (largest > 0).all()
 

@@ -13,6 +13,8 @@ struct Float8 {
   using Operand = __m256;
   static constexpr std::size_t kDepth = 1;
   static constexpr std::size_t kWidth = 8;
+  static Register zero() { return _mm256_setzero_ps(); }
+  static Register add(Register x, Register y) { return _mm256_add_ps(x, y); }
   static Register load_sum(const float* p) { return _mm256_loadu_ps(p); }
   static void store_sum(float* p, Register r) { _mm256_storeu_ps(p, r); }
   static Operand load(const float* p) { return _mm256_loadu_ps(p); }
@@ -27,6 +29,8 @@ struct Double4 {
   using Operand = __m256d;
   static constexpr std::size_t kDepth = 1;
   static constexpr std::size_t kWidth = 4;
+  static Register zero() { return _mm256_setzero_pd(); }
+  static Register add(Register x, Register y) { return _mm256_add_pd(x, y); }
   static Register load_sum(const double* p) { return _mm256_loadu_pd(p); }
   static void store_sum(double* p, Register r) { _mm256_storeu_pd(p, r); }
   static Operand load(const double* p) { return _mm256_loadu_pd(p); }
@@ -106,7 +110,7 @@ void subtract(void* w, DType dtype, const void* product, std::size_t count, floa
 
 }  // namespace
 
-const Kernels kAvx2 = {
-    "avx2", make_tile<Float8, 4, 3>(), make_tile<Double4, 4, 3>(), nullptr, widen, pack_pairs, subtract, max_magnitude};
+const Kernels kAvx2 = {"avx2",       make_tile<Float8, 4, 3>(), make_tile<Double4, 4, 3>(), nullptr, widen, subtract,
+                       max_magnitude};
 
 }  // namespace pissa

@@ -15,6 +15,8 @@ struct Float16 {
   using Operand = __m512;
   static constexpr std::size_t kDepth = 1;
   static constexpr std::size_t kWidth = 16;
+  static Register zero() { return _mm512_setzero_ps(); }
+  static Register add(Register x, Register y) { return _mm512_add_ps(x, y); }
   static Register load_sum(const float* p) { return _mm512_loadu_ps(p); }
   static void store_sum(float* p, Register r) { _mm512_storeu_ps(p, r); }
   static Operand load(const float* p) { return _mm512_loadu_ps(p); }
@@ -29,6 +31,8 @@ struct Double8 {
   using Operand = __m512d;
   static constexpr std::size_t kDepth = 1;
   static constexpr std::size_t kWidth = 8;
+  static Register zero() { return _mm512_setzero_pd(); }
+  static Register add(Register x, Register y) { return _mm512_add_pd(x, y); }
   static Register load_sum(const double* p) { return _mm512_loadu_pd(p); }
   static void store_sum(double* p, Register r) { _mm512_storeu_pd(p, r); }
   static Operand load(const double* p) { return _mm512_loadu_pd(p); }

@@ -15,16 +15,16 @@
 
 namespace pissa {
 
-// C += A·B for a tile of at most `rows` × (`vectors`·`width`) elements of C.
+// C += A·B for a strip of `rows` × (`vectors`·`width`) elements of C, done in tiles that stay in registers.
 //
 // The inner dimension advances `depth` elements at a time (2 where an instruction multiplies pairs of bf16). An
 // operand element of A for row i and step s lies at a[i·a_row + s·a_step] (and the `depth - 1` after it); B is packed
 // as [step][column][depth]; C is float, or double for the operand type double.
 struct Tile {
   std::size_t depth;
-  std::size_t width;  // columns per vector
-  std::size_t rows;   // largest tile
-  std::size_t vectors;
+  std::size_t width;    // columns per vector
+  std::size_t rows;     // of a tile; strips may have any number
+  std::size_t vectors;  // at most
   void (*accumulate)(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
                      std::size_t c_row, std::size_t rows, std::size_t vectors);
 };
@@ -35,17 +35,25 @@ struct TileNorms {
   double error = 0;
 };
 
+// For instruction sets that multiply pairs of bf16.
+struct Bf16Kernels {
+  Tile tile;
+  // dst[i] = src[i] as bf16, to nearest even.
+  void (*narrow)(const float* src, std::uint16_t* dst, std::size_t count);
+  // [rows][columns] with row stride → strips of `width` columns, each [(rows+1)/2][width][2] and `strip_stride`
+  // elements after the one before; rows past the end and columns past the last are zero. width is a multiple of 16.
+  void (*pack_pairs)(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns,
+                     std::size_t width, std::uint16_t* dst, std::size_t strip_stride);
+};
+
 struct Kernels {
   const char* name;
   Tile tile_f32;
   Tile tile_f64;
-  const Tile* tile_bf16;  // null where bf16 weights are widened to float instead
+  const Bf16Kernels* bf16;  // null where there is none: 2-byte weights are then widened to float
 
   // dst[i] = src[i] as float, exact.
   void (*widen)(const void* src, DType dtype, float* dst, std::size_t count);
-  // [rows][columns] with row stride → [(rows+1)/2][width][2]; rows past the end and columns past `columns` are zero.
-  void (*pack_pairs)(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns,
-                     std::size_t width, std::uint16_t* dst);
   // w[j] ← round(w[j] - product[j]); adds to the norms. `product` is float for 2-byte weights and double for f32.
   void (*subtract)(void* w, DType dtype, const void* product, std::size_t count, float scale, TileNorms& norms);
   // Largest magnitude of `count` values; infinity where any is not finite.

@@ -14,6 +14,12 @@ struct Plain {
     T lane[kWidth];
   };
   using Operand = Register;
+  static Register zero() { return Register{}; }
+  static Register add(const Register& x, const Register& y) {
+    Register r;
+    for (std::size_t i = 0; i < kWidth; ++i) r.lane[i] = x.lane[i] + y.lane[i];
+    return r;
+  }
   static Register load_sum(const T* p) {
     Register r;
     std::memcpy(r.lane, p, sizeof r.lane);
@@ -58,13 +64,8 @@ void subtract(void* w, DType dtype, const void* product, std::size_t count, floa
 
 }  // namespace
 
-const Kernels kPortable = {"portable",
-                           make_tile<Plain<float>, 2, 2>(),
-                           make_tile<Plain<double>, 2, 2>(),
-                           nullptr,
-                           widen,
-                           pack_pairs,
-                           subtract,
-                           max_magnitude};
+const Kernels kPortable = {
+    "portable",   make_tile<Plain<float>, 2, 2>(), make_tile<Plain<double>, 2, 2>(), nullptr, widen, subtract,
+    max_magnitude};
 
 }  // namespace pissa

@@ -4,10 +4,12 @@
 // linkage, so that the linker can never merge a function compiled for one CPU with that of another.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "kernels/kernels.hpp"
 #include "kernels/scalar.hpp"
@@ -15,51 +17,83 @@
 namespace pissa {
 namespace {
 
+// The loops over the tile are unrolled early, for the compiler to keep the sums in registers from the start. Tiles of
+// one vector have two chains of sums, over even and odd steps, to hide the latency of the instruction; more rows would
+// do so too, but the rows of a weight often lie a power of two apart, where the first-level cache holds but eight.
 template <class Op, std::size_t Rows, std::size_t Vectors>
-void accumulate_tile(const typename Op::Element* a, std::size_t a_row, std::size_t a_step,
-                     const typename Op::Element* b, std::size_t steps, typename Op::Sum* c, std::size_t c_row) {
-  typename Op::Register sum[Rows][Vectors];
+void accumulate_tile(const void* a_begin, std::size_t a_row, std::size_t a_step, const void* b_begin, std::size_t steps,
+                     void* c_begin, std::size_t c_row) {
+  constexpr std::size_t kChains = Vectors == 1 ? 2 : 1;
+  constexpr std::size_t kBStep = Vectors * Op::kWidth * Op::kDepth;
+  const auto* a = static_cast<const typename Op::Element*>(a_begin);
+  const auto* b = static_cast<const typename Op::Element*>(b_begin);
+  auto* c = static_cast<typename Op::Sum*>(c_begin);
+  typename Op::Register sum[kChains][Rows][Vectors];
+#pragma GCC unroll 16
   for (std::size_t i = 0; i < Rows; ++i) {
-    for (std::size_t v = 0; v < Vectors; ++v) sum[i][v] = Op::load_sum(c + i * c_row + v * Op::kWidth);
+#pragma GCC unroll 4
+    for (std::size_t v = 0; v < Vectors; ++v) {
+      sum[0][i][v] = Op::load_sum(c + i * c_row + v * Op::kWidth);
+      if constexpr (kChains > 1) sum[1][i][v] = Op::zero();
+    }
   }
-  for (std::size_t s = 0; s < steps; ++s) {
+  const auto step = [&](std::size_t chain) {
     typename Op::Operand column[Vectors];
+#pragma GCC unroll 4
     for (std::size_t v = 0; v < Vectors; ++v) column[v] = Op::load(b + (v * Op::kWidth) * Op::kDepth);
+#pragma GCC unroll 16
     for (std::size_t i = 0; i < Rows; ++i) {
       const typename Op::Operand row = Op::broadcast(a + i * a_row);
-      for (std::size_t v = 0; v < Vectors; ++v) sum[i][v] = Op::multiply_add(row, column[v], sum[i][v]);
+#pragma GCC unroll 4
+      for (std::size_t v = 0; v < Vectors; ++v) sum[chain][i][v] = Op::multiply_add(row, column[v], sum[chain][i][v]);
     }
     a += a_step;
-    b += Vectors * Op::kWidth * Op::kDepth;
+    b += kBStep;
+  };
+  std::size_t s = kChains;
+  for (; s <= steps; s += kChains) {
+    step(0);
+    if constexpr (kChains > 1) step(1);
   }
+  if (kChains > 1 && s == steps + 1) step(0);
+#pragma GCC unroll 16
   for (std::size_t i = 0; i < Rows; ++i) {
-    for (std::size_t v = 0; v < Vectors; ++v) Op::store_sum(c + i * c_row + v * Op::kWidth, sum[i][v]);
+#pragma GCC unroll 4
+    for (std::size_t v = 0; v < Vectors; ++v) {
+      if constexpr (kChains > 1) sum[0][i][v] = Op::add(sum[0][i][v], sum[1][i][v]);
+      Op::store_sum(c + i * c_row + v * Op::kWidth, sum[0][i][v]);
+    }
   }
+}
+
+using TileFunction = void (*)(const void*, std::size_t, std::size_t, const void*, std::size_t, void*, std::size_t);
+
+template <class Op, std::size_t Vectors, std::size_t... Index>
+constexpr std::array<TileFunction, sizeof...(Index)> tiles_of_rows(std::index_sequence<Index...>) {
+  return {accumulate_tile<Op, Index + 1, Vectors>...};
 }
 
 template <class Op, std::size_t Rows, std::size_t Vectors>
 void accumulate_rows(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
                      std::size_t c_row, std::size_t rows) {
-  if constexpr (Rows > 0) {
-    if (rows == Rows) {
-      accumulate_tile<Op, Rows, Vectors>(static_cast<const typename Op::Element*>(a), a_row, a_step,
-                                         static_cast<const typename Op::Element*>(b), steps,
-                                         static_cast<typename Op::Sum*>(c), c_row);
-    } else {
-      accumulate_rows<Op, Rows - 1, Vectors>(a, a_row, a_step, b, steps, c, c_row, rows);
-    }
+  static constexpr auto kTiles = tiles_of_rows<Op, Vectors>(std::make_index_sequence<Rows>());
+  for (std::size_t i = 0; i < rows; i += Rows) {
+    const std::size_t count = rows - i < Rows ? rows - i : Rows;
+    kTiles[count - 1](static_cast<const typename Op::Element*>(a) + i * a_row, a_row, a_step, b, steps,
+                      static_cast<typename Op::Sum*>(c) + i * c_row, c_row);
   }
 }
 
 template <class Op, std::size_t Rows, std::size_t Vectors>
 void accumulate(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
                 std::size_t c_row, std::size_t rows, std::size_t vectors) {
-  if constexpr (Vectors > 0) {
-    if (vectors == Vectors) {
-      accumulate_rows<Op, Rows, Vectors>(a, a_row, a_step, b, steps, c, c_row, rows);
-    } else {
-      accumulate<Op, Rows, Vectors - 1>(a, a_row, a_step, b, steps, c, c_row, rows, vectors);
-    }
+  static_assert(Vectors == 2 || Vectors == 3);
+  if (vectors == 1) {
+    accumulate_rows<Op, Rows, 1>(a, a_row, a_step, b, steps, c, c_row, rows);
+  } else if (vectors == 2) {
+    accumulate_rows<Op, Rows, 2>(a, a_row, a_step, b, steps, c, c_row, rows);
+  } else {
+    accumulate_rows<Op, Rows, Vectors>(a, a_row, a_step, b, steps, c, c_row, rows);
   }
 }
 
@@ -74,21 +108,6 @@ inline float widen_one(const void* src, DType dtype, std::size_t i) {
   if (dtype == DType::f32) return static_cast<const float*>(src)[i];
   const std::uint16_t bits = static_cast<const std::uint16_t*>(src)[i];
   return dtype == DType::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
-}
-
-void pack_pairs(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns, std::size_t width,
-                std::uint16_t* dst) {
-  for (std::size_t i = 0; i < rows; i += 2) {
-    const std::uint16_t* even = src + i * stride;
-    const std::uint16_t* odd = even + stride;
-    auto* out = reinterpret_cast<std::uint32_t*>(dst) + (i / 2) * width;
-    if (i + 1 < rows) {
-      for (std::size_t j = 0; j < columns; ++j) out[j] = even[j] | (static_cast<std::uint32_t>(odd[j]) << 16);
-    } else {
-      for (std::size_t j = 0; j < columns; ++j) out[j] = even[j];
-    }
-    for (std::size_t j = columns; j < width; ++j) out[j] = 0;
-  }
 }
 
 // One row piece of the residual. `Convert` turns stored bits into float and back.

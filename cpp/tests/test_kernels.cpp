@@ -4,6 +4,7 @@
 
 #include "check.hpp"
 #include "matrices.hpp"
+#include "packing.hpp"
 #include "residual.hpp"
 #include "sweep.hpp"
 
@@ -12,56 +13,64 @@ using namespace pissa;
 namespace {
 
 struct Shape {
-  std::size_t rows, cols, k;
+  std::size_t rows, cols, k, rank;
 };
 
-const Shape kShapes[] = {{1, 1, 1},     {1, 70, 3},    {70, 1, 2},     {2, 2, 8},      {33, 65, 16},   {64, 48, 17},
-                         {65, 129, 32}, {131, 97, 40}, {300, 259, 64}, {259, 300, 16}, {96, 1024, 33}, {530, 77, 100}};
+const Shape kShapes[] = {{1, 1, 16, 1},      {1, 70, 32, 3},     {70, 1, 16, 2},     {2, 2, 48, 8},
+                         {33, 65, 16, 16},   {64, 48, 64, 17},   {65, 129, 32, 32},  {131, 97, 48, 40},
+                         {300, 259, 64, 64}, {259, 300, 16, 16}, {96, 1024, 32, 33}, {1100, 77, 112, 100}};
 const DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
 
 // How far `found` is from `expected`, in units of what may be.
 double excess(double found, double expected, double allowed) { return std::fabs(found - expected) / (allowed + 1e-30); }
 
+template <class Element>
 void check_power_step(const Kernels& kernels, DType dtype, const Shape& s) {
   TestWeight w(dtype, s.rows, s.cols, 1);
-  const bool rounds = dtype == DType::bf16 && kernels.tile_bf16 != nullptr;
-  std::vector<float> x(s.cols * s.k);
-  for (std::size_t i = 0; i < x.size(); ++i) x[i] = random_value(2, i);
-  std::vector<float> y(s.rows * s.k), z(s.cols * s.k);
+  const std::size_t stride = s.k + 16;  // the operands are columns of wider matrices
+  std::vector<Element> x(s.cols * stride);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = to_element<Element>(random_value(2, i));
+  std::vector<Element> y(s.rows * stride);
+  std::vector<float> z(s.cols * s.k);
   for (unsigned threads = 1; threads <= 3; ++threads) {
     ThreadPool pool(threads);
-    Sweep sweep(kernels, pool, w.weight, s.k);
-    std::vector<float> other_y(y.size()), other_z(z.size());
-    sweep.power_step(x.data(), s.k, 0.5f, other_y.data(), other_z.data());
+    Sweep<Element> sweep(kernels, pool, w.weight, s.k);
+    std::vector<Element> other_y(y.size());
+    std::vector<float> other_z(z.size());
+    sweep.power_step(x.data(), stride, s.k, 0.5f, other_y.data(), stride, 0.25f, other_z.data());
     if (threads == 1) {
       y = other_y;
       z = other_z;
     }
     CHECK(y == other_y && z == other_z, "%s %s: %u threads change it", kernels.name, name_of(dtype), threads);
-    sweep.transposed_product(other_y.data(), s.k, other_z.data());
-    CHECK(y == other_y && z == other_z, "%s %s: the transposed product differs", kernels.name, name_of(dtype));
+    sweep.transposed_product(other_y.data(), stride, s.k, other_z.data());
+    for (float& value : other_z) value *= 0.25f;
+    CHECK(z == other_z, "%s %s: the transposed product differs", kernels.name, name_of(dtype));
   }
+  const auto weight = [&](std::size_t i) {  // as the products see it
+    const auto value = static_cast<float>(w.values[i]);
+    return static_cast<double>(to_float(to_element<Element>(value)));
+  };
   double worst_y = 0, worst_z = 0;
   for (std::size_t c = 0; c < s.k; ++c) {
     for (std::size_t i = 0; i < s.rows; ++i) {
       double sum = 0, size = 0;
       for (std::size_t j = 0; j < s.cols; ++j) {
-        const float operand = 0.5f * x[c * s.cols + j];
-        const double term = w.values[i * s.cols + j] * (rounds ? bf16_to_float(float_to_bf16(operand)) : operand);
+        const double term = weight(i * s.cols + j) * 0.5 * static_cast<double>(to_float(x[j * stride + c]));
         sum += term;
         size += std::fabs(term);
       }
-      const double allowed = 2e-6 * size + (rounds ? 0x1p-8 * std::fabs(sum) : 0);
-      worst_y = std::max(worst_y, excess(y[c * s.rows + i], sum, allowed));
+      const double allowed = 2e-6 * size + (kIsBf16<Element> ? 0x1p-8 * std::fabs(sum) : 0);
+      worst_y = std::max(worst_y, excess(to_float(y[i * stride + c]), sum, allowed));
     }
     for (std::size_t j = 0; j < s.cols; ++j) {
       double sum = 0, size = 0;
       for (std::size_t i = 0; i < s.rows; ++i) {
-        const double term = w.values[i * s.cols + j] * static_cast<double>(y[c * s.rows + i]);
+        const double term = 0.25 * weight(i * s.cols + j) * static_cast<double>(to_float(y[i * stride + c]));
         sum += term;
         size += std::fabs(term);
       }
-      worst_z = std::max(worst_z, excess(z[c * s.cols + j], sum, 2e-6 * size));
+      worst_z = std::max(worst_z, excess(z[j * s.k + c], sum, 2e-6 * size));
     }
   }
   CHECK(worst_y <= 1 && worst_z <= 1, "%s %s %zux%zu k=%zu: Y %g and Z %g of what is allowed", kernels.name,
@@ -69,10 +78,14 @@ void check_power_step(const Kernels& kernels, DType dtype, const Shape& s) {
 }
 
 void check_residual(const Kernels& kernels, DType dtype, const Shape& s) {
-  const std::size_t rank = s.k;
+  const std::size_t rank = s.rank;
   std::vector<float> left(s.rows * rank), right(rank * s.cols);
   for (std::size_t i = 0; i < left.size(); ++i) left[i] = 0.3f * random_value(3, i);
   for (std::size_t i = 0; i < right.size(); ++i) right[i] = 0.3f * random_value(4, i);
+  if (dtype == DType::bf16) {
+    for (float& value : left) value = bf16_to_float(float_to_bf16(value));
+    for (float& value : right) value = bf16_to_float(float_to_bf16(value));
+  }
   std::vector<unsigned char> first;
   for (unsigned threads = 1; threads <= 3; ++threads) {
     TestWeight w(dtype, s.rows, s.cols, 1);
@@ -164,7 +177,8 @@ int main() {
     check_limits(*kernels);
     for (const DType dtype : kDTypes) {
       for (const Shape& shape : kShapes) {
-        check_power_step(*kernels, dtype, shape);
+        check_power_step<float>(*kernels, dtype, shape);
+        if (kernels->bf16 != nullptr) check_power_step<std::uint16_t>(*kernels, dtype, shape);
         check_residual(*kernels, dtype, shape);
       }
     }

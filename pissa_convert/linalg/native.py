@@ -78,7 +78,7 @@ class NativeBackend:
 
     def workspace_bytes(self, spec: SplitSpec) -> int:
         """See `Backend.workspace_bytes`."""
-        return _core.workspace_bytes(spec.rows, spec.cols, spec.dtype, spec.rank, spec.passes or 0)
+        return self._splitter.workspace_bytes(spec.rows, spec.cols, spec.dtype, spec.rank, spec.passes or 0)
 
 
 def as_stats(result: _core.SplitResult) -> SplitStats:
