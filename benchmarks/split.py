@@ -5,12 +5,15 @@
 
 Peer: what PEFT does for `pissa_niter_N`: W.float(), torch.svd_lowrank(q=r, niter=N), scale, residual, cast back.
 Ours: `--passes auto`, bytes of W in, bytes of W_res, A and B out. Both on the same matrices, interleaved, medians.
-Deficit: 1 − Σσ̂²/Σσ² over the top r, against an exact eigendecomposition of the Gram matrix in double.
+Deficit: the share of the best rank-r energy that the factors do not capture; ours from A and B as stored,
+1 − (‖W‖² − ‖W − sBA‖²)/Σσ² in double, the peer's from its singular values before they are rounded.
 
-The large matrices are made: singular vectors are random; the spectrum is i^-0.4 up to a quarter of the smaller side and
-falls linearly from there to a tenth, which is the shape measured on SmolLM2's linear layers. With --smollm2 the
-linears of layers 0, 10, 20 and 29 of a real checkpoint are measured too (examples/smollm2.py writes one).
-The roofline lines compare with torch's own matrix product and copy on this machine, in this run.
+The large matrices are made: random singular vectors, and σ_i = i^-0.15·(1 − 0.9·(i − 1)/n), the geometric mean of what
+SmolLM2's linear layers have at i = 64, between its flattest (up_proj) and steepest (q_proj). With --smollm2 the linears
+of layers 0, 10, 20 and 29 of a real checkpoint are measured too (examples/smollm2.py writes one), singular values then
+being those of an eigendecomposition in double.
+The roofline columns compare the sweeps with torch's own product in the weight's dtype, and the whole split's traffic,
+each pass reading W once, with a copy: on this machine, in this run.
 """
 
 from __future__ import annotations
@@ -32,22 +35,30 @@ from pissa_convert.linalg.native import usable_cpus
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def made(rows: int, cols: int) -> torch.Tensor:
-    """A float32 matrix with a language model's spectrum; Gaussian factors stand in for orthogonal ones."""
+def made(rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float32 matrix with a language model's spectrum, and its singular values."""
     generator = torch.Generator().manual_seed(rows * 31 + cols)
     size = min(rows, cols)
-    sigma = torch.arange(1, size + 1, dtype=torch.float32) ** -0.4
-    knee = size // 4
-    sigma[knee:] = sigma[knee] * torch.linspace(1, 0.1, size - knee)
+    index = torch.arange(size, dtype=torch.float32)
+    sigma = (index + 1) ** -0.15 * (1 - 0.9 * index / size)
     left = torch.linalg.qr(torch.randn(rows, size, generator=generator))[0]
     right = torch.linalg.qr(torch.randn(cols, size, generator=generator))[0]
-    return (left * sigma) @ right.T
+    return (left * sigma) @ right.T, sigma.double()
 
 
-def exact_energy(weight: torch.Tensor) -> torch.Tensor:
-    """Cumulative sums of the squared singular values, descending."""
+def exact_sigma(weight: torch.Tensor) -> torch.Tensor:
+    """Singular values in double, descending."""
     wide = weight.double() if weight.shape[0] <= weight.shape[1] else weight.double().T
-    return torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp(min=0).cumsum(0)
+    return torch.linalg.eigvalsh(wide @ wide.T).flip(0).clamp(min=0).sqrt()
+
+
+def captured(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖W‖² − ‖W − B·A‖², from the factors as stored, in double."""
+    a, b = a.double(), b.double()
+    inner = sum(
+        float(((weight[at : at + 1024].double() @ a.T) * b[at : at + 1024]).sum()) for at in range(0, len(b), 1024)
+    )
+    return 2 * inner - float(((b.T @ b) * (a @ a.T)).sum())
 
 
 def peer(weight: torch.Tensor, rank: int, niter: int) -> torch.Tensor:
@@ -66,7 +77,7 @@ class Ours:
     def __init__(self) -> None:
         self.splitter = _core.Splitter(usable_cpus())
 
-    def __call__(self, weight: torch.Tensor, rank: int) -> tuple[float, _core.SplitResult]:
+    def __call__(self, weight: torch.Tensor, rank: int) -> tuple[float, _core.SplitResult, torch.Tensor, torch.Tensor]:
         rows, cols = weight.shape
         spec = SplitSpec(rows, cols, CODES[weight.dtype], rank, 1.0, "F32", False, None, tensor_key(0, "benchmark"))
         work = weight.clone()
@@ -77,7 +88,7 @@ class Ours:
         result = self.splitter.split(
             raw.data, rows, cols, spec.dtype, rank, 1.0, False, a.data, b.data, "F32", 0, spec.key
         )
-        return time.perf_counter() - started, result
+        return time.perf_counter() - started, result, torch.from_numpy(a), torch.from_numpy(b)
 
 
 def timed(function: Callable[[], object]) -> tuple[float, object]:
@@ -86,10 +97,11 @@ def timed(function: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - started, value
 
 
-def matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor]]:
+def matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """Names, float32 matrices, and their singular values where these are known."""
     for shape in arguments.shapes.split(",") if arguments.shapes else []:
         rows, cols = map(int, shape.split("x"))
-        yield shape, made(rows, cols)
+        yield shape, *made(rows, cols)
     if arguments.smollm2 is None:
         return
     tensors: dict[str, torch.Tensor] = {}
@@ -97,11 +109,16 @@ def matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor]
         tensors |= load_file(file)
     for layer in (0, 10, 20, 29):
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
-            yield f"smollm2 {layer}.{name}", tensors[f"model.layers.{layer}.{name}.weight"].float()
+            yield f"smollm2 {layer}.{name}", tensors[f"model.layers.{layer}.{name}.weight"].float(), None
 
 
 def roofline(weight: torch.Tensor) -> dict[str, float]:
-    """What this machine does: torch's product in the weight's dtype (GFLOP/s) and a copy of the weight (GB/s)."""
+    """What this machine does: torch's product (GFLOP/s) and a copy of the weight (GB/s).
+
+    torch multiplies float16 on a CPU without the hardware for it in scalar code: that is compared with float32.
+    """
+    if weight.dtype == torch.float16:
+        weight = weight.float()
     operand = torch.ones(weight.shape[1], 1024, dtype=weight.dtype)
     target = torch.empty_like(weight)
     product = min(timed(lambda: weight @ operand)[0] for _ in range(3))
@@ -117,9 +134,9 @@ def measure(
 ) -> dict[str, object]:
     times: dict[str, list[float]] = {"ours": [], "niter_4": [], "niter_16": []}
     for _ in range(repeat):
-        seconds, result = ours(weight, rank)
+        seconds, result, a, b = ours(weight, rank)
         times["ours"].append(seconds)
-        deficits = {"ours": 1 - sum(s * s for s in result.singular_values) / float(energy[rank - 1])}
+        deficits = {"ours": 1 - captured(weight, a, b) / float(energy[rank - 1])}
         for niter in (4, 16):
             seconds, sigma = timed(lambda niter=niter: peer(weight, rank, niter))
             times[f"niter_{niter}"].append(seconds)
@@ -138,6 +155,7 @@ def measure(
         "passes": result.passes,
         "phases": {phase: getattr(result, f"{phase}_seconds") for phase in ("sweep", "ritz", "residual")},
         "sweep_gflops": sweeps,
+        "traffic_gbs": (result.passes + 3) * weight.numel() * weight.itemsize / medians["ours"] / 1e9,
         **roofline(weight),
     }
 
@@ -157,12 +175,13 @@ def main() -> None:
     print(
         f"{'matrix':32} {'dtype':5} {'rank':>4} {'ours ms':>8} {'×niter_4':>8} {'×niter_16':>9}"
         f" {'deficit':>8} {'est.':>7} {'niter_4':>8} {'niter_16':>8} {'GFLOP/s':>8} {'of GEMM':>7}"
+        f" {'GB/s':>5} {'of copy':>7}"
     )
     rows = []
-    for name, full in matrices(arguments):
+    for name, full, sigma in matrices(arguments):
         for dtype in arguments.dtypes.split(","):
             weight = full.to(getattr(torch, dtype))
-            energy = exact_energy(weight)
+            energy = (exact_sigma(weight) if sigma is None else sigma).square().cumsum(0)
             for rank in map(int, arguments.ranks.split(",")):
                 row = measure(name, weight, energy, rank, arguments.repeat, ours)
                 rows.append(row)
@@ -172,7 +191,8 @@ def main() -> None:
                     f" {row['faster_than_niter_4']:8.1f} {row['faster_than_niter_16']:9.1f}"
                     f" {deficit['ours']:8.3%} {row['estimated_deficit']:7.3%}"
                     f" {deficit['niter_4']:8.2%} {deficit['niter_16']:8.3%}"
-                    f" {row['sweep_gflops']:8.0f} {row['sweep_gflops'] / row['gemm_gflops']:7.0%}",
+                    f" {row['sweep_gflops']:8.0f} {row['sweep_gflops'] / row['gemm_gflops']:7.0%}"
+                    f" {row['traffic_gbs']:5.1f} {row['traffic_gbs'] / row['copy_gbs']:7.0%}",
                     flush=True,
                 )
     if arguments.json is not None:

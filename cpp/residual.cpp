@@ -72,11 +72,10 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
           for (std::size_t at = 0; at < columns * size_of(weight.dtype); at += 64)
             __builtin_prefetch(place(row) + at, 1);
         }
-        std::fill(product, product + rows * piece * strip, Sum{0});
         for (std::size_t p = 0; p < piece; ++p) {
           const Element* b = packed.data() + (s + p) * steps * depth * strip;
-          tile.accumulate(a.data() + (i - begin) * steps * depth, steps * depth, depth, b, steps, product + p * strip,
-                          piece * strip, rows, tile.vectors);
+          tile.assign(a.data() + (i - begin) * steps * depth, steps * depth, depth, b, steps, product + p * strip,
+                      piece * strip, rows, tile.vectors);
         }
         if (unfolded != Sum{1}) {
           for (std::size_t j = 0; j < rows * piece * strip; ++j) product[j] *= unfolded;

@@ -42,9 +42,6 @@ struct Sweep<Element>::Lane {
   Buffer<Element> packed_y;  // [group][step][column of the group][depth]
   Buffer<float> sums;
   const Element* rows = nullptr;  // of the block, row_stride_ apart
-  // The weight's rows behind the block, where no product W·x will fetch them: its reading of W is one the hardware can
-  // foresee, that of column strips is not.
-  const char* ahead = nullptr;
 };
 
 template <class Element>
@@ -115,7 +112,7 @@ void Sweep<Element>::power_step(const Element* x, std::size_t x_stride, std::siz
 template <class Element>
 void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float* z) {
   for_each_block(k, 1.0f, z, [&](std::size_t begin, std::size_t count, Lane& lane) {
-    lane.ahead = static_cast<const char*>(weight_.data) + (begin + count) * weight_.cols * size_of(weight_.dtype);
+    touch(begin, count);
     pack_y(y + begin * y_stride, y_stride, count, k, lane);
   });
 }
@@ -148,6 +145,14 @@ void Sweep<Element>::load_rows(std::size_t begin, std::size_t count, Lane& lane)
   }
 }
 
+// Reads the block once in the order in which it lies, which the hardware can foresee; reading column strips it cannot.
+template <class Element>
+void Sweep<Element>::touch(std::size_t begin, std::size_t count) const {
+  const std::size_t bytes = weight_.cols * size_of(weight_.dtype);
+  const auto* data = static_cast<const volatile char*>(weight_.data) + begin * bytes;
+  for (std::size_t i = 0; i < count * bytes; i += 64) static_cast<void>(data[i]);
+}
+
 template <class Element>
 void Sweep<Element>::pack_x(const Element* x, std::size_t stride, std::size_t k, float x_scale) {
   const Groups groups(k, tile_);
@@ -174,13 +179,13 @@ void Sweep<Element>::multiply_rows(std::size_t count, std::size_t k, Lane& lane)
   const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
   const std::size_t piece = std::max<std::size_t>(16, kXBytes / (k * depth * sizeof(Element)));
-  std::fill_n(lane.sums.data(), count * k, 0.0f);
   for (std::size_t at = 0; at < steps_; at += piece) {
     const std::size_t steps = std::min(piece, steps_ - at);
     for (std::size_t group = 0; group < groups.count; ++group) {
       const Element* b = packed_x_.data() + (groups.begin(group) * steps_ + at * groups.size(group)) * depth;
-      tile_.accumulate(lane.rows + at * depth, row_stride_, depth, b, steps, lane.sums.data() + groups.begin(group), k,
-                       count, groups.vectors_of(group));
+      const StripFunction multiply = at == 0 ? tile_.assign : tile_.accumulate;
+      multiply(lane.rows + at * depth, row_stride_, depth, b, steps, lane.sums.data() + groups.begin(group), k, count,
+               groups.vectors_of(group));
     }
   }
 }
@@ -205,12 +210,6 @@ void Sweep<Element>::multiply_columns(std::size_t count, std::size_t k, const La
   for (std::size_t begin = 0; begin < weight_.cols; begin += kStrip) {
     const std::size_t size = std::min(kStrip, weight_.cols - begin);
     pack(kernels_, lane.rows + begin, row_stride_, count, size, kStrip, packed);
-    if (lane.ahead != nullptr) {
-      // Meanwhile the next rows come from memory, in the order in which they lie there.
-      for (std::size_t i = 0; i < kStrip * count * size_of(weight_.dtype); i += 64) {
-        __builtin_prefetch(lane.ahead + begin * count * size_of(weight_.dtype) + i, 0, 2);
-      }
-    }
     for (std::size_t group = 0; group < groups.count; ++group) {
       tile_.accumulate(packed, depth, kStrip * depth, lane.packed_y.data() + groups.begin(group) * block_rows_, steps,
                        z + begin * k + groups.begin(group), k, size, groups.vectors_of(group));

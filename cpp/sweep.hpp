@@ -38,6 +38,7 @@ class Sweep {
   template <class Rows>
   void for_each_block(std::size_t k, float z_scale, float* z, const Rows& rows);
   void load_rows(std::size_t begin, std::size_t count, Lane& lane) const;
+  void touch(std::size_t begin, std::size_t count) const;
   void pack_x(const Element* x, std::size_t stride, std::size_t k, float x_scale);
   void multiply_rows(std::size_t count, std::size_t k, Lane& lane) const;
   void pack_y(const Element* y, std::size_t y_stride, std::size_t count, std::size_t k, Lane& lane) const;

@@ -152,7 +152,7 @@ def test_the_manifest_names_every_file_with_its_digest(smol: Path, smol_pissa: P
         assert entry["singular_values"] == sorted(entry["singular_values"], reverse=True)
         assert len(entry["singular_values"]) == 16
         assert 0 < entry["captured_energy"] < 1
-        assert 0 <= entry["estimated_deficit"] <= 2e-3
+        assert 0 <= entry["estimated_deficit"] <= 3e-3
 
 
 def test_the_plan_says_to_the_byte_what_is_written(smol: Path, smol_pissa: Path) -> None:

@@ -15,8 +15,11 @@
 
 namespace pissa {
 
-// C += A·B for a strip of `rows` × (`vectors`·`width`) elements of C, done in tiles that stay in registers.
-//
+// C = A·B, or C += A·B, for a strip of `rows` × (`vectors`·`width`) elements of C, done in tiles that stay in
+// registers.
+using StripFunction = void (*)(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps,
+                               void* c, std::size_t c_row, std::size_t rows, std::size_t vectors);
+
 // The inner dimension advances `depth` elements at a time (2 where an instruction multiplies pairs of bf16). An
 // operand element of A for row i and step s lies at a[i·a_row + s·a_step] (and the `depth - 1` after it); B is packed
 // as [step][column][depth]; C is float, or double for the operand type double.
@@ -25,8 +28,8 @@ struct Tile {
   std::size_t width;    // columns per vector
   std::size_t rows;     // of a tile; strips may have any number
   std::size_t vectors;  // at most
-  void (*accumulate)(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
-                     std::size_t c_row, std::size_t rows, std::size_t vectors);
+  StripFunction assign;
+  StripFunction accumulate;
 };
 
 // Sums of squares are of values times `scale`, a power of two near 1/σ₁ that keeps them inside float's range.

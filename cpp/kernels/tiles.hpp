@@ -20,9 +20,9 @@ namespace {
 // The loops over the tile are unrolled early, for the compiler to keep the sums in registers from the start. Tiles of
 // one vector have two chains of sums, over even and odd steps, to hide the latency of the instruction; more rows would
 // do so too, but the rows of a weight often lie a power of two apart, where the first-level cache holds but eight.
-template <class Op, std::size_t Rows, std::size_t Vectors>
-void accumulate_tile(const void* a_begin, std::size_t a_row, std::size_t a_step, const void* b_begin, std::size_t steps,
-                     void* c_begin, std::size_t c_row) {
+template <class Op, std::size_t Rows, std::size_t Vectors, bool Adds>
+void multiply_tile(const void* a_begin, std::size_t a_row, std::size_t a_step, const void* b_begin, std::size_t steps,
+                   void* c_begin, std::size_t c_row) {
   constexpr std::size_t kChains = Vectors == 1 ? 2 : 1;
   constexpr std::size_t kBStep = Vectors * Op::kWidth * Op::kDepth;
   const auto* a = static_cast<const typename Op::Element*>(a_begin);
@@ -33,7 +33,7 @@ void accumulate_tile(const void* a_begin, std::size_t a_row, std::size_t a_step,
   for (std::size_t i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
     for (std::size_t v = 0; v < Vectors; ++v) {
-      sum[0][i][v] = Op::load_sum(c + i * c_row + v * Op::kWidth);
+      sum[0][i][v] = Adds ? Op::load_sum(c + i * c_row + v * Op::kWidth) : Op::zero();
       if constexpr (kChains > 1) sum[1][i][v] = Op::zero();
     }
   }
@@ -68,15 +68,15 @@ void accumulate_tile(const void* a_begin, std::size_t a_row, std::size_t a_step,
 
 using TileFunction = void (*)(const void*, std::size_t, std::size_t, const void*, std::size_t, void*, std::size_t);
 
-template <class Op, std::size_t Vectors, std::size_t... Index>
+template <class Op, std::size_t Vectors, bool Adds, std::size_t... Index>
 constexpr std::array<TileFunction, sizeof...(Index)> tiles_of_rows(std::index_sequence<Index...>) {
-  return {accumulate_tile<Op, Index + 1, Vectors>...};
+  return {multiply_tile<Op, Index + 1, Vectors, Adds>...};
 }
 
-template <class Op, std::size_t Rows, std::size_t Vectors>
-void accumulate_rows(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
-                     std::size_t c_row, std::size_t rows) {
-  static constexpr auto kTiles = tiles_of_rows<Op, Vectors>(std::make_index_sequence<Rows>());
+template <class Op, std::size_t Rows, std::size_t Vectors, bool Adds>
+void multiply_rows(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
+                   std::size_t c_row, std::size_t rows) {
+  static constexpr auto kTiles = tiles_of_rows<Op, Vectors, Adds>(std::make_index_sequence<Rows>());
   for (std::size_t i = 0; i < rows; i += Rows) {
     const std::size_t count = rows - i < Rows ? rows - i : Rows;
     kTiles[count - 1](static_cast<const typename Op::Element*>(a) + i * a_row, a_row, a_step, b, steps,
@@ -84,22 +84,27 @@ void accumulate_rows(const void* a, std::size_t a_row, std::size_t a_step, const
   }
 }
 
-template <class Op, std::size_t Rows, std::size_t Vectors>
-void accumulate(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
-                std::size_t c_row, std::size_t rows, std::size_t vectors) {
+template <class Op, std::size_t Rows, std::size_t Vectors, bool Adds>
+void multiply_strip(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps, void* c,
+                    std::size_t c_row, std::size_t rows, std::size_t vectors) {
   static_assert(Vectors == 2 || Vectors == 3);
   if (vectors == 1) {
-    accumulate_rows<Op, Rows, 1>(a, a_row, a_step, b, steps, c, c_row, rows);
+    multiply_rows<Op, Rows, 1, Adds>(a, a_row, a_step, b, steps, c, c_row, rows);
   } else if (vectors == 2) {
-    accumulate_rows<Op, Rows, 2>(a, a_row, a_step, b, steps, c, c_row, rows);
+    multiply_rows<Op, Rows, 2, Adds>(a, a_row, a_step, b, steps, c, c_row, rows);
   } else {
-    accumulate_rows<Op, Rows, Vectors>(a, a_row, a_step, b, steps, c, c_row, rows);
+    multiply_rows<Op, Rows, Vectors, Adds>(a, a_row, a_step, b, steps, c, c_row, rows);
   }
 }
 
 template <class Op, std::size_t Rows, std::size_t Vectors>
 constexpr Tile make_tile() {
-  return {Op::kDepth, Op::kWidth, Rows, Vectors, accumulate<Op, Rows, Vectors>};
+  return {Op::kDepth,
+          Op::kWidth,
+          Rows,
+          Vectors,
+          multiply_strip<Op, Rows, Vectors, false>,
+          multiply_strip<Op, Rows, Vectors, true>};
 }
 
 // The rest is written for one value and left to the compiler, which has the instruction set's vectors.
