@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from pissa_convert.errors import ConversionError
-from pissa_convert.memory import chunks
 
 PARTIAL = ".partial"
 
@@ -179,34 +177,3 @@ def write_file(path: Path, data: bytes) -> None:
     with PartialFile(path, len(data)) as file:
         file.write(data, 0)
         file.commit()
-
-
-def read_exactly(descriptor: int, begin: int, view: memoryview, path: Path) -> None:
-    """Fill `view` from offset `begin`.
-
-    Raises:
-        ConversionError: the file ends too early, or reading fails.
-    """
-    done = 0
-    while done < len(view):
-        try:
-            count = os.preadv(descriptor, [view[done : done + (1 << 30)]], begin + done)
-        except OSError as error:
-            raise ConversionError(f"cannot read: {error.strerror or error}", file=path) from error
-        if count == 0:
-            raise ConversionError(
-                "the file has become shorter while it was read",
-                file=path,
-                expected=f"at least {begin + len(view)} bytes",
-                found=begin + done,
-                fix="restore it, then run the same command again",
-            )
-        done += count
-
-
-def hash_range(descriptor: int, begin: int, end: int, path: Path, digest: hashlib._Hash, scratch: memoryview) -> None:
-    """Feed bytes `begin`:`end` of an open file to `digest` through `scratch` (any size of at least one chunk)."""
-    for at, stop in chunks(begin, end):
-        view = scratch[: stop - at]
-        read_exactly(descriptor, at, view, path)
-        digest.update(view)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pissa_convert.engine.buffers import Buffers, Cancelled
-from pissa_convert.engine.files import PartialFile, hash_range, read_exactly
+from pissa_convert.engine.files import PartialFile
+from pissa_convert.engine.reading import hash_range, open_to_read, read_exactly
 from pissa_convert.errors import ConversionError
 from pissa_convert.linalg import Backend, SplitStats
 from pissa_convert.memory import CHUNK, chunks
@@ -151,10 +152,7 @@ def _read_shard(
     timings: Timings,
 ) -> None:
     path = shard.plan.source.path
-    try:
-        source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ConversionError(f"cannot open: {error.strerror}", file=path) from error
+    source = open_to_read(path)
     items.put(_Begin(shard, source))  # the writer closes it: it copies from it later
     _check_unchanged(shard, source)
     os.posix_fadvise(source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
