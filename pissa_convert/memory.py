@@ -33,8 +33,11 @@ class MemoryPlan:
 
 
 def chunks(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Cut a byte range into pieces of at most `CHUNK`."""
-    return ((at, min(at + CHUNK, end)) for at in range(begin, end, CHUNK))
+    """Cut a byte range at the multiples of `CHUNK`: all pieces but the first begin aligned, as direct writing asks."""
+    while begin < end:
+        stop = min(begin - begin % CHUNK + CHUNK, end)
+        yield begin, stop
+        begin = stop
 
 
 def plan_memory(flights: Iterable[int], workspace: int, max_memory: int | None) -> MemoryPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections import deque
 
 
 class Cancelled(Exception):
@@ -13,17 +14,19 @@ class Cancelled(Exception):
 class Buffers:
     """Hands out buffers while their sum stays within the budget, and makes the taker wait otherwise.
 
-    Buffers are anonymous mappings: giving one back returns its pages to the system at once, which an allocator's
-    heap does not promise.
+    Buffers are anonymous mappings. One that was given back is kept for the next taker of the same size, as a model's
+    weights come in few sizes and touching new pages costs about as much as reading them from the disk; it is unmapped
+    as soon as its room is needed, which returns its pages at once, as an allocator's heap does not promise.
     """
 
     def __init__(self, budget: int) -> None:
         self._budget = self._free = budget
+        self._idle: deque[tuple[int, mmap.mmap]] = deque()
         self._changed = threading.Condition()
         self._cancelled = False
 
     def take(self, nbytes: int) -> mmap.mmap:
-        """A zeroed buffer of `nbytes` bytes, once they fit (waits until then).
+        """A buffer of `nbytes` bytes of any content, once they fit (waits until then).
 
         Raises:
             Cancelled: `cancel` was called.
@@ -36,16 +39,30 @@ class Buffers:
             if self._cancelled:
                 raise Cancelled
             self._free -= nbytes
-        buffer = mmap.mmap(-1, max(nbytes, 1))
+            for index, (size, buffer) in enumerate(self._idle):
+                if size == nbytes:
+                    del self._idle[index]
+                    return buffer
+            self._make_room()
+        # Private: a shared mapping, which is mmap's default, is a file in memory and gets no huge pages.
+        buffer = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if nbytes >= 4 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
             buffer.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults
         return buffer
 
+    def _make_room(self) -> None:
+        """Unmap idle buffers, the longest unused first, until they fit beside what is taken."""
+        idle = sum(size for size, _ in self._idle)
+        while idle > self._free:
+            size, buffer = self._idle.popleft()
+            buffer.close()
+            idle -= size
+
     def give_back(self, buffer: mmap.mmap, nbytes: int) -> None:
-        """Unmap a buffer that was taken with `nbytes`. No view of it may be left."""
-        buffer.close()
+        """Return a buffer that was taken with `nbytes`. No view of it may be left."""
         with self._changed:
             self._free += nbytes
+            self._idle.append((nbytes, buffer))
             self._changed.notify_all()
 
     def cancel(self) -> None:
