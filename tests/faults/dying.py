@@ -1,6 +1,6 @@
 """Run the command in this process and die by SIGKILL at the N-th call of a system call wrapper.
 
-python dying.py {replace|fsync|unlink|pwrite|write|copy_file_range} N {before|after} ARGUMENTS…
+python dying.py {replace|fsync|unlink|pwrite|write|…} N {before|after} ARGUMENTS…
 python dying.py count NAME 0 before ARGUMENTS…      prints how many calls a whole run makes
 """
 
