@@ -9,7 +9,6 @@ in a thread of its own: SHA-256 is slower than a good disk.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import queue
 import threading
@@ -19,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pissa_convert.engine.buffers import Buffers, Cancelled
+from pissa_convert.engine.buffers import Buffer, Buffers, Cancelled
 from pissa_convert.engine.files import PartialFile
 from pissa_convert.engine.hashing import HashThread
 from pissa_convert.engine.reading import open_to_read, read_exactly
@@ -63,7 +62,7 @@ class _Begin:
 class _Chunk:
     begin: int
     end: int
-    buffer: mmap.mmap
+    buffer: Buffer
     hashed: Future[None]
 
 
@@ -71,7 +70,7 @@ class _Chunk:
 class _Result:
     index: int
     step: Split
-    buffer: mmap.mmap
+    buffer: Buffer
     stats: Future[SplitStats]
 
 
@@ -162,13 +161,13 @@ class _Reader:
                 continue
             if isinstance(step, Split):
                 buffer = self.buffers.take(step.nbytes)
-                hashed = self._read(source, step.begin, memoryview(buffer)[: step.end - step.begin], path, digest)
+                hashed = self._read(source, step.begin, buffer.view[: step.end - step.begin], path, digest)
                 stats = self.transform.submit(_transform, step, path, buffer, hashed, self.backend, self.timings)
                 self.items.put(_Result(index, step, buffer, stats))
                 continue
             for begin, end in chunks(step.begin, step.end):
                 buffer = self.buffers.take(end - begin)
-                hashed = self._read(source, begin, memoryview(buffer)[: end - begin], path, digest)
+                hashed = self._read(source, begin, buffer.view[:], path, digest)
                 self.items.put(_Chunk(begin, end, buffer, hashed))
         _check_unchanged(shard, source)
         self.items.put(_End(self.hashing.finish(digest)))
@@ -182,8 +181,8 @@ class _Reader:
             raise _changed(plan.source.path)
         for begin, end in chunks(len(header), shard.offset):
             scratch = self.buffers.take(end - begin)
-            self._read(source, begin, memoryview(scratch)[: end - begin], plan.source.path, digest).result()
-            self.buffers.give_back(scratch, end - begin)
+            self._read(source, begin, scratch.view[:], plan.source.path, digest).result()
+            self.buffers.give_back(scratch)
 
     def _read(self, source: int, begin: int, view: memoryview, path: Path, digest: hashlib._Hash) -> Future[None]:
         """Fill `view`, which is then hashed and released; the future says when."""
@@ -219,12 +218,12 @@ def _check_unchanged(shard: Shard, source: int) -> None:
 
 
 def _transform(
-    step: Split, path: Path, buffer: mmap.mmap, hashed: Future[None], backend: Backend, timings: Timings
+    step: Split, path: Path, buffer: Buffer, hashed: Future[None], backend: Backend, timings: Timings
 ) -> SplitStats:
     hashed.result()  # the residual takes the weight's place
     started = time.perf_counter()
     try:
-        return split_step(step, path, memoryview(buffer), backend)
+        return split_step(step, path, buffer.view, backend)
     finally:
         timings.compute_seconds += time.perf_counter() - started
 
@@ -261,13 +260,13 @@ class _Writer:
                 return
             if isinstance(item, _Chunk):
                 nbytes = item.end - item.begin
-                self._write(file, memoryview(item.buffer)[:nbytes], item.begin, shard.digest)
+                self._write(file, item.buffer.view[:], item.begin, shard.digest)
                 item.hashed.result()
-                self.buffers.give_back(item.buffer, nbytes)
+                self.buffers.give_back(item.buffer)
                 self.sink.progress(nbytes)
             elif isinstance(item, _Result):
                 self._write_result(item, file, shard, item.stats.result())
-                self.buffers.give_back(item.buffer, item.step.nbytes)
+                self.buffers.give_back(item.buffer)
                 self.sink.progress(item.step.end - item.step.begin)
             else:
                 raise AssertionError(item)
@@ -285,10 +284,9 @@ class _Writer:
 
     def _write_result(self, item: _Result, file: PartialFile, shard: Shard, stats: SplitStats) -> None:
         step, side = item.step, hashlib.sha256()
-        with memoryview(item.buffer) as view:
-            residual, a, b = (view[part] for part in step.parts)
-            self._write(file, residual, step.begin, shard.digest)
-            self._write(self.sink.adapter, a, step.a.begin, side)
-            self._write(self.sink.adapter, b, step.b.begin, side)
+        residual, a, b = (item.buffer.view[part] for part in step.parts)
+        self._write(file, residual, step.begin, shard.digest)
+        self._write(self.sink.adapter, a, step.a.begin, side)
+        self._write(self.sink.adapter, b, step.b.begin, side)
         # The line comes after the bytes: what it claims can be checked against them, and nothing else is trusted.
         self.sink.step_done(shard, item.index, shard.digest.copy().hexdigest(), side.hexdigest(), stats)

@@ -452,30 +452,37 @@ def test_the_journal_is_not_trusted_when_it_is_forged(source: Path, expected: di
     assert digests(tmp_path / "out") == expected
 
 
-def test_memory_in_flight_never_exceeds_the_budget() -> None:
+def test_memory_in_flight_never_exceeds_the_budget_and_no_buffer_overlaps_another() -> None:
     import threading
 
     from pissa_convert.engine.buffers import Buffers
 
-    buffers, budget = Buffers(100), 100
-    held, peak, lock = [0], [0], threading.Lock()
+    buffers, budget, page = Buffers(100 * 4096), 100, 4096
+    held, peak, lock, broken = [0], [0], threading.Lock(), []
 
-    def work(size: int) -> None:
+    def work(number: int, pages: int) -> None:
+        dice = random.Random(number)
         for _ in range(50):
-            buffer = buffers.take(size)
+            size = dice.randint(1, pages)
+            buffer = buffers.take(size * page - dice.randrange(page))
             with lock:
                 held[0] += size
                 peak[0] = max(peak[0], held[0])
+            buffer.view[:] = bytes([number]) * len(buffer.view)
+            time.sleep(0.0001)
+            if bytes(buffer.view) != bytes([number]) * len(buffer.view):
+                broken.append(number)
             with lock:
                 held[0] -= size
-            buffers.give_back(buffer, size)
+            buffers.give_back(buffer)
 
-    threads = [threading.Thread(target=work, args=(size,)) for size in (100, 60, 30, 10)]
+    threads = [threading.Thread(target=work, args=item) for item in enumerate((100, 60, 30, 10))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert peak[0] <= budget
+    assert not broken
+    assert 60 < peak[0] <= budget
 
 
 def test_the_report_counts_what_was_done(source: Path, tmp_path: Path) -> None:
