@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 
 from pissa_convert.memory import chunks
+
+
+def _step_aside() -> None:
+    """Give way to the compute threads, which wait for one another: one of them off its CPU stalls them all."""
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread alone, on Linux
 
 
 class HashThread:
@@ -18,7 +27,7 @@ class HashThread:
     """
 
     def __init__(self, name: str) -> None:
-        self._thread = ThreadPoolExecutor(1, name)
+        self._thread = ThreadPoolExecutor(1, name, initializer=_step_aside)
         self.seconds = 0.0
 
     def __enter__(self) -> HashThread:
