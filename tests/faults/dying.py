@@ -22,10 +22,12 @@ def install(name: str, fatal: int, when: str) -> list[int]:
         calls[0] += 1
         if calls[0] == fatal and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*arguments, **options)
-        if calls[0] == fatal and when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        number = calls[0]
+        try:
+            return original(*arguments, **options)
+        finally:
+            if number == fatal and when == "after":
+                os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(os, name, dying)
     return calls
