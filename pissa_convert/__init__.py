@@ -1,9 +1,10 @@
 """PiSSA as file surgery: split a checkpoint into a residual model and its principal adapter, tensor by tensor.
 
-    from pissa_convert import convert, plan, split
+    from pissa_convert import convert, plan, split, verify
 
-`convert` does what the command `pissa-convert` does, `plan` says what it would do from the headers alone, and `split`
-works on one matrix. The names are imported when they are first used, so that importing this package costs nothing.
+`convert` does what the command `pissa-convert` does, `plan` says what it would do from the headers alone, `verify`
+checks a result, and `split` works on one matrix. The names are imported when they are first used, so that importing
+this package costs nothing.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PissaError", "Plan", "Report", "Split", "__version__", "convert", "plan", "split"]
+__all__ = ["PissaError", "Plan", "Report", "Split", "Verification", "__version__", "convert", "plan", "split", "verify"]
 
 if TYPE_CHECKING:
-    from pissa_convert.api import Split, convert, plan, split
+    from pissa_convert.api import Split, convert, plan, split, verify
+    from pissa_convert.engine.verify import Verification
     from pissa_convert.errors import PissaError
     from pissa_convert.planning import Plan
     from pissa_convert.report import Report
 
-_HOMES = {"PissaError": "errors", "Plan": "planning", "Report": "report"}
+_HOMES = {"PissaError": "errors", "Plan": "planning", "Report": "report", "Verification": "engine.verify"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pissa_convert.engine import verify as verification
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.errors import RequestError
 from pissa_convert.linalg import SplitSpec, tensor_key
-from pissa_convert.linalg.native import NativeBackend
+from pissa_convert.linalg.native import NativeBackend, usable_cpus
 from pissa_convert.options import ADAPTER_DTYPES, RunOptions, split_options
 from pissa_convert.planning import Plan, make_plan
 from pissa_convert.report import Report
@@ -126,6 +128,34 @@ def convert(
         max_memory=max_memory,
     )
     return run(work, NativeBackend(threads), overwrite=overwrite, progress=progress)
+
+
+def verify(
+    dest: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    threads: int | None = None,
+    progress: verification.Progress | None = None,
+) -> verification.Verification:
+    """Check a finished conversion against its manifest and, where it is given, the model that it was made from.
+
+    Every file's size and SHA-256 is compared with the manifest's, and the manifest's with its own. With `source`, its
+    files are compared with their records too, what was copied is compared byte by byte, and for every split weight
+    ‖W − (W_res + s·B·A)‖/‖W‖ is measured and must be what the manifest records. Memory does not grow with the model.
+
+    Args:
+        dest: the folder that `convert` made; nothing is written to it.
+        source: the folder of the original model.
+        threads: files that are read at once, at most; by default as many as CPUs, up to four.
+        progress: called as `progress(bytes_done, bytes_in_all)`, from worker threads, one call at a time.
+
+    Raises:
+        RequestError: there is no finished conversion in `dest`, or `source` is no folder.
+        DamageError: something differs; its `findings` name every file and tensor that does.
+    """
+    return verification.verify(
+        Path(dest), None if source is None else Path(source), threads=threads or usable_cpus(), progress=progress
+    )
 
 
 @dataclass(frozen=True)

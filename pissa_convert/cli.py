@@ -1,4 +1,4 @@
-"""The command `pissa-convert`. Only this module prints, exits, or handles signals."""
+"""The command `pissa-convert`: its arguments, its exit codes, its signals. `console` holds what it shows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pissa_convert import __version__
-from pissa_convert.errors import PissaError, RequestError
+from pissa_convert.errors import DamageError, PissaError, RequestError
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from pissa_convert.engine.run import ProgressCallback
-    from pissa_convert.planning import Plan
-    from pissa_convert.report import Report, Timings
 
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE_UNITS |= {f"{unit}i": 1024 ** (power + 1) for power, unit in enumerate("KMGT")}
@@ -61,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "adapter, tensor by tensor, in the memory of a few matrices. Interrupted at any moment, the same command "
         "continues.",
         epilog="example: pissa-convert Llama-3.1-8B/ l8-pissa/ --to pissa --rank 64",
+        usage="%(prog)s SOURCE DEST --to {" + ",".join(TARGETS) + "} [options]\n"
+        "       %(prog)s DEST --verify [--source SOURCE]",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("source", metavar="SOURCE", help="folder of a Hugging Face model; never written to")
@@ -75,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in DEST")
     common.add_argument("--quiet", action="store_true", help="no progress and no closing lines")
     common.add_argument("--log-json", metavar="FILE", help="write the run's report to FILE")
+    check = parser.add_argument_group("to check a result")
+    check.add_argument("--verify", action="store_true", help="compare the files of DEST with its manifest's digests")
+    check.add_argument(
+        "--source", dest="original", metavar="SOURCE", help="with --verify: compare every weight with the original's"
+    )
     split = parser.add_argument_group("for --to pissa")
     split.add_argument("--rank", type=int, metavar="R", help="singular directions in the adapter (default 16)")
     split.add_argument("--alpha", type=float, metavar="A", help="lora_alpha (default: the rank, so that s = 1)")
@@ -95,10 +99,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _verify_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="pissa-convert", usage="%(prog)s DEST --verify [--source SOURCE] [--threads N] [--quiet]")
+    parser.add_argument("dest", metavar="DEST")
+    parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--source", metavar="SOURCE")
+    parser.add_argument("--threads", type=int, metavar="N")
+    parser.add_argument("--quiet", action="store_true")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 1 failed and resumable, 2 the request was wrong."""
+    """Run the command.
+
+    Returns:
+        Its exit code: 0 done; 1 failed (and can be resumed), or damage was found; 2 the request was wrong.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _run(vars(_parser().parse_args(arguments)))
+        if "--verify" in arguments:
+            _verify(_verify_parser().parse_args(arguments))
+        else:
+            _run(vars(_parser().parse_args(arguments)))
+    except DamageError as error:
+        for finding in error.findings:
+            print(f"error: {finding}", file=sys.stderr)
+        return error.exit_code
     except PissaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -112,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: dict[str, Any]) -> None:
     to = given["to"]
+    if "original" in given:
+        raise RequestError("--source goes with --verify", fix="give SOURCE and DEST without it to convert")
     for name, targets in _APPLIES_TO.items():
         if name in given and to not in targets:
             raise RequestError(f"--{name.replace('_', '-')} does not apply to --to {to}")
@@ -124,11 +152,12 @@ def _run(given: dict[str, Any]) -> None:
             given[name] = parse_targets(given[name])
     signal.signal(signal.SIGTERM, _interrupt)
     from pissa_convert import api
+    from pissa_convert.console import ProgressBar, print_plan, print_report
 
     if only_plan:
-        _print_plan(api.plan(**given))
+        print_plan(api.plan(**given))
         return
-    progress = None if quiet or not sys.stderr.isatty() else _progress_bar()
+    progress = None if quiet or not sys.stderr.isatty() else ProgressBar()
     report = api.convert(**given, overwrite=overwrite, progress=progress)
     if log is not None:
         try:
@@ -137,73 +166,19 @@ def _run(given: dict[str, Any]) -> None:
         except OSError as error:
             raise PissaError(f"cannot write the report: {error.strerror}", file=log) from error
     if not quiet:
-        _print_report(report)
+        print_report(report)
+
+
+def _verify(given: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, _interrupt)
+    from pissa_convert import api
+    from pissa_convert.console import ProgressBar, print_verification
+
+    bar = None if given.quiet or not sys.stderr.isatty() else ProgressBar()
+    found = api.verify(given.dest, given.source, threads=given.threads, progress=bar)
+    if not given.quiet:
+        print_verification(found, given.source)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _progress_bar() -> ProgressCallback:
-    from tqdm import tqdm
-
-    bar: tqdm[NoReturn] | None = None
-
-    def show(done: int, total: int, timings: Timings) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, dynamic_ncols=True)
-        bar.set_postfix_str(f"bound by {timings.bottleneck}", refresh=False)
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return show
-
-
-def _amount(nbytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
-
-
-def _print_plan(plan: Plan) -> None:
-    """The plan on stdout: it is what was asked for, so it can be piped."""
-    from pissa_convert.estimate import estimate_seconds
-
-    width = max(len(decision.tensor) for decision in plan.decisions)
-    for decision in plan.decisions:
-        print(f"{decision.action.value:6} {decision.tensor:{width}}  {decision.reason}")
-    for skipped in plan.checkpoint.skipped:
-        print(f"{'skip':6} {skipped.path:{width}}  {skipped.reason}")
-    split = list(plan.splits)
-    split_bytes = sum(step.end - step.begin for step in split)
-    compute = estimate_seconds(plan)
-    print(
-        f"""
-split      {len(split)} of {len(plan.decisions)} tensors, {_amount(split_bytes)} of {_amount(plan.source_bytes)}
-adapter    {plan.adapter.name}, rank {plan.options.rank}, {_amount(plan.adapter.size)}
-disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
-memory     {plan.memory.peak} bytes at peak ({_amount(plan.memory.budget)} in flight at most)
-time       about {compute:.0f} s of computing with {plan.backend}, beside moving {_amount(plan.source_bytes)}"""
-    )
-
-
-def _print_report(report: Report) -> None:
-    if report.complete_before:
-        print(f"{report.dest} is complete already; every digest fits", file=sys.stderr)
-        return
-    timings = report.timings
-    peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
-    print(
-        f"""{"continued and finished" if report.resumed else "finished"} {report.dest} in {report.wall_seconds:.1f} s: \
-{report.tensors} weights split{peak}
-read {_amount(timings.source_bytes)} in {timings.read_seconds:.1f} s, computed {timings.compute_seconds:.1f} s, \
-wrote {_amount(timings.written_bytes)} in {timings.write_seconds:.1f} s, all at once; bound by {timings.bottleneck}
-W = W_res + s·B·A within {report.relative_error:.1e} of ‖W‖; \
-a full SVD would capture at most about {report.estimated_deficit:.2%} more
-the residual needs its adapter: load {report.dest} with PEFT and subfolder="pissa_init\"""",
-        file=sys.stderr,
-    )

@@ -10,6 +10,7 @@ class's ``exit_code``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -76,3 +77,21 @@ class WeightError(PissaError):
 
 class ConversionError(PissaError):
     """The conversion stopped while working; what is on disk can be resumed (exit code 1)."""
+
+
+class DamageError(PissaError):
+    """A finished conversion is not what its manifest or its source says (exit code 1).
+
+    Attributes:
+        findings: every difference that was found, each a one-line error of its own.
+    """
+
+    def __init__(self, folder: Path, findings: Sequence[PissaError]) -> None:
+        self.findings = tuple(findings)
+        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        super().__init__(
+            "the conversion and what it is compared with differ",
+            file=folder,
+            found=f"{findings[0]}{more}",
+            fix="repair what is named, or make the conversion again with --overwrite",
+        )

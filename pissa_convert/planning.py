@@ -356,6 +356,7 @@ def manifest(
             "module": modules[step.tensor],
             "shape": [step.spec.rows, step.spec.cols],
             "dtype": step.spec.dtype,
+            "fan_in_fan_out": step.spec.fan_in_fan_out,
             **stats[step.tensor].as_manifest(),
         }
         for step in plan.splits

@@ -12,6 +12,9 @@ class Timings:
     """Seconds that each stage was busy, and bytes that passed it. The stages overlap.
 
     Attributes:
+        read_seconds, write_seconds: moving bytes between the disk and memory; writing includes making it durable.
+        source_hash_seconds, output_hash_seconds: SHA-256 of the source and of the output, each in its own thread.
+        compute_seconds: splitting.
         source_bytes: read from the source's weights.
         written_bytes: of weights and adapter, written in this run.
     """
@@ -19,13 +22,20 @@ class Timings:
     read_seconds: float = 0.0
     compute_seconds: float = 0.0
     write_seconds: float = 0.0
+    source_hash_seconds: float = 0.0
+    output_hash_seconds: float = 0.0
     source_bytes: int = 0
     written_bytes: int = 0
 
     @property
     def bottleneck(self) -> str:
         """The stage that was busy longest."""
-        stages = {"read": self.read_seconds, "compute": self.compute_seconds, "write": self.write_seconds}
+        stages = {
+            "read": self.read_seconds,
+            "compute": self.compute_seconds,
+            "write": self.write_seconds,
+            "hash": max(self.source_hash_seconds, self.output_hash_seconds),
+        }
         return max(stages, key=lambda stage: stages[stage])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,39 +86,60 @@ def test_what_is_no_header(tmp_path: Path, name: str) -> None:
         read_header(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("header", "data", "says"),
-    [
-        ({"a": entry(), "b": entry(offsets=(4, 12))}, 12, "overlaps"),
-        ({"a": entry(), "b": entry(offsets=(12, 20))}, 20, "hole"),
-        ({"a": entry(offsets=(4, 12))}, 12, "hole"),
-        ({"a": entry()}, 7, "cut short"),
-        ({"a": entry()}, 9, "after the data"),
-        ({}, 1, "after the data"),
-        ({"a": entry(shape=(3,))}, 8, "wrong length"),
-        ({"a": entry(offsets=(8, 0))}, 8, "wrong length"),
-        ({"a": entry(shape=(2**62, 8), offsets=(0, 0))}, 0, "whole number of bytes"),
-        ({"a": entry(shape=(2**32, 2**32), offsets=(0, 0))}, 0, "whole number of bytes"),
-        ({"a": entry(shape=(-1,))}, 8, "shape"),
-        ({"a": entry(shape=(True,))}, 8, "shape"),
-        ({"a": entry(shape=(2.0,))}, 8, "shape"),
-        ({"a": entry(offsets=(0, 2**64))}, 8, "data_offsets"),
-        ({"a": entry(offsets=(0, 8, 8))}, 8, "data_offsets"),
-        ({"a": entry(offsets=("0", "8"))}, 8, "data_offsets"),
-        ({"a": entry(dtype="F33")}, 8, "unknown dtype"),
-        ({"a": {"dtype": "F32", "shape": [2]}}, 8, "malformed"),
-        ({"a": 5}, 0, "malformed"),
-        ({"__metadata__": {"a": 1}}, 0, "__metadata__"),
-        ({"__metadata__": []}, 0, "__metadata__"),
-        (b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}", 8, "twice"),
-        (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", 0, "nested too deeply"),
-        (b'{"a":' + b"[" * 200000 + b"]" * 200000 + b"}", 0, "nested too deeply"),
-    ],
-)  # fmt: skip
-def test_hostile_headers_are_refused_by_name(tmp_path: Path, header: Any, data: int, says: str) -> None:
+WRONG: dict[str, tuple[Any, int, str]] = {
+    "overlapping offsets": ({"a": entry(), "b": entry(offsets=(4, 12))}, 12, "overlaps"),
+    "a hole between tensors": ({"a": entry(), "b": entry(offsets=(12, 20))}, 20, "hole"),
+    "a hole before the data": ({"a": entry(offsets=(4, 12))}, 12, "hole"),
+    "data cut short": ({"a": entry()}, 7, "cut short"),
+    "bytes after the data": ({"a": entry()}, 9, "after the data"),
+    "bytes and no tensor": ({}, 1, "after the data"),
+    "a shape larger than its data": ({"a": entry(shape=(3,))}, 8, "wrong length"),
+    "offsets that run backwards": ({"a": entry(offsets=(8, 0))}, 8, "wrong length"),
+    "a shape that overflows 64 bits": ({"a": entry(shape=(2**62, 8), offsets=(0, 0))}, 0, "whole number of bytes"),
+    "a shape whose product wraps to 0": (
+        {"a": entry(shape=(2**32, 2**32), offsets=(0, 0))},
+        0,
+        "whole number of bytes",
+    ),
+    "a negative size": ({"a": entry(shape=(-1,))}, 8, "shape"),
+    "a size that is true": ({"a": entry(shape=(True,))}, 8, "shape"),
+    "a size with a fraction": ({"a": entry(shape=(2.0,))}, 8, "shape"),
+    "an offset of 2^64": ({"a": entry(offsets=(0, 2**64))}, 8, "data_offsets"),
+    "three offsets": ({"a": entry(offsets=(0, 8, 8))}, 8, "data_offsets"),
+    "offsets that are strings": ({"a": entry(offsets=("0", "8"))}, 8, "data_offsets"),
+    "an unknown dtype": ({"a": entry(dtype="F33")}, 8, "unknown dtype"),
+    "an entry without offsets": ({"a": {"dtype": "F32", "shape": [2]}}, 8, "malformed"),
+    "an entry that is a number": ({"a": 5}, 0, "malformed"),
+    "metadata with a number": ({"__metadata__": {"a": 1}}, 0, "__metadata__"),
+    "metadata that is a list": ({"__metadata__": []}, 0, "__metadata__"),
+    "a key twice": (
+        b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}",
+        8,
+        "twice",
+    ),
+    "JSON 5,000 deep": (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", 0, "nested too deeply"),
+    "JSON 200,000 deep": (b'{"a":' + b"[" * 200000 + b"]" * 200000 + b"}", 0, "nested too deeply"),
+}
+"""Header, bytes of data, and what the message says."""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_hostile_headers_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    header, data, says = WRONG[name]
     with pytest.raises(FormatError, match=says) as caught:
         read_header(file_of(tmp_path, header, bytes(data)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_header_of_100_mb_of_brackets_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 100_000_000) + b'{"a":')
+        for _ in range(100):
+            file.write(b"[" * 999_999)
+        file.truncate(100_000_008)
+    with pytest.raises(FormatError, match=r"nested too deeply|not valid JSON"):
+        read_header(path)
 
 
 def test_a_header_beyond_the_formats_limit_is_not_read(tmp_path: Path) -> None:
@@ -237,23 +260,72 @@ def test_a_hundred_thousand_mutated_files(tmp_path: Path, mutations: list[tuple[
     judge(tmp_path / "x.safetensors", mutate(mutations))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    weight_map=st.dictionaries(
+@pytest.fixture(scope="module")
+def opened() -> Iterator[list[Path]]:
+    """Every path that this process opens from now on, as the interpreter itself reports it."""
+    paths: list[Path] = []
+    watching = [True]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching[0] and event == "open" and isinstance(arguments[0], str):
+            paths.append(Path(arguments[0]))
+
+    sys.addaudithook(hook)  # it cannot be removed
+    yield paths
+    watching[0] = False
+
+
+INDEXES: dict[str, Any] = {
+    "weight_map": st.dictionaries(
         st.sampled_from(["model.norm.weight", "ghost", "model.embed_tokens.weight"]),
-        st.one_of(st.text(max_size=20), st.integers(), st.none(), st.sampled_from(["model.safetensors", "../x"])),
+        st.one_of(
+            st.text(max_size=20),
+            st.integers(),
+            st.none(),
+            st.text(st.sampled_from("./\\\0ax"), max_size=8),
+            st.sampled_from(["model.safetensors", "../secret.safetensors", "link.safetensors", "config.json", "."]),
+        ),
     ),
-    extra=st.binary(max_size=3),
-)
-def test_any_index_is_refused_or_right(tmp_path: Path, weight_map: dict[str, Any], extra: bytes) -> None:
-    folder = tmp_path / "in"
-    if not folder.exists():
-        write_model(folder, small_model())
-    (folder / "model.safetensors.index.json").write_bytes(json.dumps({"weight_map": weight_map}).encode() + extra)
+    "extra": st.binary(max_size=3),
+}
+
+
+def judge_index(folder: Path, opened: list[Path], weight_map: dict[str, Any], extra: bytes) -> None:
+    """A one-line refusal, without a look at anything outside the folder."""
+    source = folder / "in"
+    if not source.exists():
+        write_model(source, small_model())
+        (folder / "secret.safetensors").write_bytes(VALID)
+        (source / "link.safetensors").symlink_to(folder / "secret.safetensors")
+    (source / "model.safetensors.index.json").write_bytes(json.dumps({"weight_map": weight_map}).encode() + extra)
+    opened.clear()
     with pytest.raises(PissaError) as caught:  # no such map covers the whole model
-        open_checkpoint(folder)
+        open_checkpoint(source)
     assert isinstance(caught.value, FormatError | RequestError)
     assert "\n" not in str(caught.value)
+    assert opened
+    assert all(path.resolve().parent == source for path in opened)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(**INDEXES)
+def test_any_index_is_refused_without_a_look_outside(
+    tmp_path: Path, opened: list[Path], weight_map: dict[str, Any], extra: bytes
+) -> None:
+    judge_index(tmp_path, opened, weight_map, extra)
+
+
+@pytest.mark.long
+@settings(
+    max_examples=100_000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(**INDEXES)
+def test_a_hundred_thousand_indexes(
+    tmp_path: Path, opened: list[Path], weight_map: dict[str, Any], extra: bytes
+) -> None:
+    judge_index(tmp_path, opened, weight_map, extra)
 
 
 def test_what_we_accept_beyond_doubt_the_reference_accepts(tmp_path: Path) -> None:

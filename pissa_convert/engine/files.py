@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import hashlib
+import mmap
 import os
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from pissa_convert.errors import ConversionError
-from pissa_convert.memory import chunks
 
 PARTIAL = ".partial"
 
+_BLOCK = 4096
+"""Offsets, lengths and addresses of direct writes are multiples of this: at least what any disk asks for."""
+
+_STAGE = 4 << 20
+"""Bytes of one direct write."""
+
+_DIRECT_MINIMUM = 256 << 10
+"""Less than this is left to the page cache."""
+
 _WINDOW = 64 << 20
-"""Bytes after which written pages are sent to the disk and dropped: dirty pages never pile up to a stall or an OOM."""
-
-_SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
-
-
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    try:
-        function = ctypes.CDLL(None, use_errno=True).sync_file_range
-    except (OSError, AttributeError, TypeError):
-        return None
-    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    function.restype = ctypes.c_int
-    return function
-
-
-_start_writing = _sync_file_range()
+"""Where writes go through the page cache: bytes after which they are waited for and dropped from it."""
 
 
 def storage_error(error: OSError, path: Path) -> ConversionError:
@@ -54,7 +48,11 @@ def sync_folder(folder: Path) -> None:
 class PartialFile:
     """A file of known size that is being written at planned offsets.
 
-    Use as a context manager: leaving it closes the descriptor and keeps what was written, to be resumed.
+    Large writes go to the disk directly (O_DIRECT): written data never fills the page cache, where its dirty pages
+    would stall or kill other processes, and copying it there would cost as much time as the rest of the work. Where
+    the file system refuses that, they go through the page cache, which is flushed and dropped window by window.
+
+    Use as a context manager: leaving it closes the descriptors and keeps what was written, to be resumed.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -65,8 +63,9 @@ class PartialFile:
         """
         self.path, self.size = path, size
         self.partial = path.with_name(path.name + PARTIAL)
-        self._dirty_begin = self._dirty_end = 0
-        self._sending: tuple[int, int] | None = None
+        self._unflushed = 0
+        self._direct = -1
+        self._stage: mmap.mmap | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -81,6 +80,22 @@ class PartialFile:
             os.close(self.descriptor)
             self.partial.unlink(missing_ok=True)  # holds nothing yet, and would hold disk space
             raise storage_error(error, self.partial) from error
+        if size >= _DIRECT_MINIMUM:
+            self._open_direct()
+
+    def _open_direct(self) -> None:
+        # Some file systems refuse here, others at the first write; some systems do not have it.
+        with suppress(OSError, AttributeError):
+            self._direct = os.open(self.partial, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            self._stage = mmap.mmap(-1, _STAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def _close_direct(self) -> None:
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
+        if self._direct >= 0:
+            os.close(self._direct)
+            self._direct = -1
 
     def __enter__(self) -> PartialFile:
         return self
@@ -91,63 +106,62 @@ class PartialFile:
         self.close()
 
     def close(self) -> None:
+        self._close_direct()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of `data` at `offset`."""
-        done = 0
         with memoryview(data) as view:
-            while done < len(view):
-                with view[done : done + _WINDOW] as piece:
-                    try:
-                        count = os.pwrite(self.descriptor, piece, offset + done)
-                    except OSError as error:
-                        raise storage_error(error, self.partial) from error
-                self._wrote(offset + done, offset + done + count)
-                done += count
-
-    def copy_range(self, source: int, begin: int, end: int, data: memoryview) -> None:
-        """Copy `begin`:`end` of an open source file to the same offsets, inside the kernel where it can.
-
-        `data` holds the same bytes, for file systems that cannot copy between these two files.
-        """
-        at = begin
-        try:
-            while at < end:
-                copied = os.copy_file_range(source, self.descriptor, end - at, at, at)
-                if copied == 0:
-                    break  # some file systems answer 0 instead of refusing
-                at += copied
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM):
+            begin = done = min(-offset % _BLOCK, len(view))
+            try:
+                if self._stage is not None and len(view) - begin >= _DIRECT_MINIMUM:
+                    with view[begin:] as rest:
+                        done += self._write_blocks(rest, offset + begin)
+                if done > begin:
+                    self._write_cached(view, 0, begin, offset)
+                    self._write_cached(view, done, len(view), offset)
+                else:
+                    self._write_cached(view, 0, len(view), offset)
+            except OSError as error:
                 raise storage_error(error, self.partial) from error
-        self._wrote(begin, at)
-        if at < end:
-            self.write(data[at - begin :], at)
 
-    def _wrote(self, begin: int, end: int) -> None:
-        if begin != self._dirty_end:
-            self._dirty_begin = begin  # a new run; the former is left to the next fsync
-        self._dirty_end = end
-        if self._dirty_end - self._dirty_begin >= _WINDOW:
-            self._flush_window()
+    def _write_blocks(self, view: memoryview, offset: int) -> int:
+        """Write the whole blocks of `view` past the page cache; returns how many bytes of it that were."""
+        assert self._stage is not None
+        end = len(view) // _BLOCK * _BLOCK
+        is_aligned = np.frombuffer(view, np.uint8).ctypes.data % _BLOCK == 0
+        done = 0
+        with memoryview(self._stage) as stage:
+            while done < end:
+                count = min(_STAGE, end - done)
+                if not is_aligned:
+                    stage[:count] = view[done : done + count]
+                with view[done : done + count] if is_aligned else stage[:count] as piece:
+                    try:
+                        written = os.pwrite(self._direct, piece, offset + done)
+                    except OSError as error:
+                        if error.errno != errno.EINVAL:
+                            raise
+                        written = 0
+                if written % _BLOCK or not written:
+                    break  # this file system does not take it; the rest goes through the page cache
+                done += written
+        if done < end:
+            self._close_direct()
+        return done
 
-    def _flush_window(self) -> None:
-        """Start writing this window out, wait for the one before, and drop that from the page cache."""
-        window = (self._dirty_begin, self._dirty_end - self._dirty_begin)
-        self._dirty_begin = self._dirty_end
-        if _start_writing is None:
-            os.fdatasync(self.descriptor)
-            os.posix_fadvise(self.descriptor, *window, os.POSIX_FADV_DONTNEED)
-            return
-        _start_writing(self.descriptor, *window, _SYNC_WRITE)
-        if self._sending is not None:
-            # Errors of the write-back are reported by fsync at the commit as well; this is only pacing.
-            _start_writing(self.descriptor, *self._sending, _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT_AFTER)
-            os.posix_fadvise(self.descriptor, *self._sending, os.POSIX_FADV_DONTNEED)
-        self._sending = window
+    def _write_cached(self, view: memoryview, begin: int, end: int, offset: int) -> None:
+        while begin < end:
+            with view[begin : min(begin + _WINDOW, end)] as piece:
+                count = os.pwrite(self.descriptor, piece, offset + begin)
+            begin += count
+            self._unflushed += count
+            if self._unflushed >= _WINDOW:
+                self._unflushed = 0
+                os.fdatasync(self.descriptor)
+                os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Make what was written durable.
@@ -179,34 +193,3 @@ def write_file(path: Path, data: bytes) -> None:
     with PartialFile(path, len(data)) as file:
         file.write(data, 0)
         file.commit()
-
-
-def read_exactly(descriptor: int, begin: int, view: memoryview, path: Path) -> None:
-    """Fill `view` from offset `begin`.
-
-    Raises:
-        ConversionError: the file ends too early, or reading fails.
-    """
-    done = 0
-    while done < len(view):
-        try:
-            count = os.preadv(descriptor, [view[done : done + (1 << 30)]], begin + done)
-        except OSError as error:
-            raise ConversionError(f"cannot read: {error.strerror or error}", file=path) from error
-        if count == 0:
-            raise ConversionError(
-                "the file has become shorter while it was read",
-                file=path,
-                expected=f"at least {begin + len(view)} bytes",
-                found=begin + done,
-                fix="restore it, then run the same command again",
-            )
-        done += count
-
-
-def hash_range(descriptor: int, begin: int, end: int, path: Path, digest: hashlib._Hash, scratch: memoryview) -> None:
-    """Feed bytes `begin`:`end` of an open file to `digest` through `scratch` (any size of at least one chunk)."""
-    for at, stop in chunks(begin, end):
-        view = scratch[: stop - at]
-        read_exactly(descriptor, at, view, path)
-        digest.update(view)

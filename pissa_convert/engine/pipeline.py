@@ -1,14 +1,14 @@
 """Reader → transform → writer, each in its own thread, over the shards in order.
 
-The reader fills buffers and hashes the source; the transform works on one tensor at a time (its backend is parallel
-inside); the writer, in the calling thread, appends results in the order of their offsets and hashes the output. So
-every file is read and written front to back, its digest needs no second reading, and what is done of it is a prefix.
+The reader fills buffers; the transform works on one tensor at a time (its backend is parallel inside); the writer, in
+the calling thread, appends results in the order of their offsets. So every file is read and written front to back,
+its digest needs no second reading, and what is done of it is a prefix. Source and output are hashed beside that, each
+in a thread of its own: SHA-256 is slower than a good disk.
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import queue
 import threading
@@ -18,11 +18,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pissa_convert.engine.buffers import Buffers, Cancelled
-from pissa_convert.engine.files import PartialFile, hash_range, read_exactly
+from pissa_convert.engine.buffers import Buffer, Buffers, Cancelled
+from pissa_convert.engine.files import PartialFile
+from pissa_convert.engine.hashing import HashThread
+from pissa_convert.engine.reading import open_to_read, read_exactly
 from pissa_convert.errors import ConversionError
 from pissa_convert.linalg import Backend, SplitStats
-from pissa_convert.memory import CHUNK, chunks
+from pissa_convert.memory import chunks
 from pissa_convert.planning import ShardPlan, Split
 from pissa_convert.report import Timings
 from pissa_convert.transforms.split import split_step
@@ -54,27 +56,27 @@ class Shard:
 @dataclass(frozen=True)
 class _Begin:
     shard: Shard
-    source: int
 
 
 @dataclass(frozen=True)
 class _Chunk:
     begin: int
     end: int
-    buffer: mmap.mmap
+    buffer: Buffer
+    hashed: Future[None]
 
 
 @dataclass(frozen=True)
 class _Result:
     index: int
     step: Split
-    buffer: mmap.mmap
+    buffer: Buffer
     stats: Future[SplitStats]
 
 
 @dataclass(frozen=True)
 class _End:
-    source_digest: str
+    source_digest: Future[str]
 
 
 _Item = _Begin | _Chunk | _Result | _End | BaseException | None
@@ -108,96 +110,92 @@ def run_pipeline(
     """
     buffers = Buffers(budget)
     items: queue.Queue[_Item] = queue.Queue()  # its length is bounded by the budget for what it holds
-    with ThreadPoolExecutor(1, "transform") as transform:
-        reader = threading.Thread(
-            target=_read_all, args=(shards, backend, buffers, transform, items, timings), name="reader"
-        )
-        reader.start()
+    with (
+        HashThread("hash-source") as source_hash,
+        HashThread("hash-output") as output_hash,
+        ThreadPoolExecutor(1, "transform") as transform,
+    ):
+        reader = _Reader(backend, buffers, source_hash, transform, items, timings)
+        thread = threading.Thread(target=reader.read_all, args=(shards,), name="reader")
+        thread.start()
         try:
-            _write_all(items, dest, buffers, sink, timings)
+            _Writer(dest, buffers, output_hash, sink, timings).write_all(items)
         finally:
             buffers.cancel()
             transform.shutdown(wait=False, cancel_futures=True)
-            reader.join()
-            while not items.empty():  # after a failure: sources that the writer never came to
-                if isinstance(item := items.get(), _Begin):
-                    os.close(item.source)
+            thread.join()
 
 
-def _read_all(
-    shards: Sequence[Shard],
-    backend: Backend,
-    buffers: Buffers,
-    transform: ThreadPoolExecutor,
-    items: queue.Queue[_Item],
-    timings: Timings,
-) -> None:
-    try:
-        for shard in shards:
-            _read_shard(shard, backend, buffers, transform, items, timings)
-        items.put(None)
-    except Cancelled:
-        pass
-    except BaseException as error:
-        items.put(error)
+@dataclass(frozen=True)
+class _Reader:
+    backend: Backend
+    buffers: Buffers
+    hashing: HashThread
+    transform: ThreadPoolExecutor
+    items: queue.Queue[_Item]
+    timings: Timings
 
+    def read_all(self, shards: Sequence[Shard]) -> None:
+        try:
+            for shard in shards:
+                source = open_to_read(shard.plan.source.path)
+                try:
+                    self._read_shard(shard, source)
+                finally:
+                    os.close(source)
+            self.items.put(None)
+        except Cancelled:
+            pass
+        except BaseException as error:
+            self.items.put(error)
 
-def _read_shard(
-    shard: Shard,
-    backend: Backend,
-    buffers: Buffers,
-    transform: ThreadPoolExecutor,
-    items: queue.Queue[_Item],
-    timings: Timings,
-) -> None:
-    path = shard.plan.source.path
-    try:
-        source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ConversionError(f"cannot open: {error.strerror}", file=path) from error
-    items.put(_Begin(shard, source))  # the writer closes it: it copies from it later
-    _check_unchanged(shard, source)
-    os.posix_fadvise(source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    digest = hashlib.sha256()
-    _hash_prefix(shard, source, digest, buffers, timings)
-    for index, step in enumerate(shard.plan.steps):
-        if index < shard.steps_done:
-            continue
-        if isinstance(step, Split):
-            buffer = buffers.take(step.nbytes)
-            _read(source, step.begin, memoryview(buffer)[: step.end - step.begin], path, digest, timings)
-            items.put(_Result(index, step, buffer, transform.submit(_transform, step, path, buffer, backend, timings)))
-            continue
-        for begin, end in chunks(step.begin, step.end):
-            buffer = buffers.take(end - begin)
-            _read(source, begin, memoryview(buffer)[: end - begin], path, digest, timings)
-            items.put(_Chunk(begin, end, buffer))
-    _check_unchanged(shard, source)
-    items.put(_End(digest.hexdigest()))
+    def _read_shard(self, shard: Shard, source: int) -> None:
+        self.items.put(_Begin(shard))
+        path = shard.plan.source.path
+        _check_unchanged(shard, source)
+        os.posix_fadvise(source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        digest = hashlib.sha256()
+        self._hash_prefix(shard, source, digest)
+        for index, step in enumerate(shard.plan.steps):
+            if index < shard.steps_done:
+                continue
+            if isinstance(step, Split):
+                buffer = self.buffers.take(step.nbytes)
+                hashed = self._read(source, step.begin, buffer.view[: step.end - step.begin], path, digest)
+                stats = self.transform.submit(_transform, step, path, buffer, hashed, self.backend, self.timings)
+                self.items.put(_Result(index, step, buffer, stats))
+                continue
+            for begin, end in chunks(step.begin, step.end):
+                buffer = self.buffers.take(end - begin)
+                hashed = self._read(source, begin, buffer.view[:], path, digest)
+                self.items.put(_Chunk(begin, end, buffer, hashed))
+        _check_unchanged(shard, source)
+        self.items.put(_End(self.hashing.finish(digest)))
 
+    def _hash_prefix(self, shard: Shard, source: int, digest: hashlib._Hash) -> None:
+        """The header, and the source of what an earlier run has done: hashed again, but not worked on again."""
+        plan = shard.plan
+        header = bytearray(len(plan.source.header))
+        self._read(source, 0, memoryview(header), plan.source.path, digest).result()
+        if header != plan.source.header:
+            raise _changed(plan.source.path)
+        for begin, end in chunks(len(header), shard.offset):
+            scratch = self.buffers.take(end - begin)
+            self._read(source, begin, scratch.view[:], plan.source.path, digest).result()
+            self.buffers.give_back(scratch)
 
-def _hash_prefix(shard: Shard, source: int, digest: hashlib._Hash, buffers: Buffers, timings: Timings) -> None:
-    """The header, and the source of what an earlier run has done: hashed again, but not worked on again."""
-    plan = shard.plan
-    header = bytearray(len(plan.source.header))
-    _read(source, 0, memoryview(header), plan.source.path, digest, timings)
-    if header != plan.source.header:
-        raise _changed(plan.source.path)
-    if shard.offset > len(header):
-        scratch = buffers.take(CHUNK)
+    def _read(self, source: int, begin: int, view: memoryview, path: Path, digest: hashlib._Hash) -> Future[None]:
+        """Fill `view`, which is then hashed and released; the future says when."""
         started = time.perf_counter()
-        hash_range(source, len(header), shard.offset, plan.source.path, digest, memoryview(scratch))
-        timings.read_seconds += time.perf_counter() - started
-        timings.source_bytes += shard.offset - len(header)
-        buffers.give_back(scratch, CHUNK)
-
-
-def _read(source: int, begin: int, view: memoryview, path: Path, digest: hashlib._Hash, timings: Timings) -> None:
-    started = time.perf_counter()
-    read_exactly(source, begin, view, path)
-    digest.update(view)
-    timings.read_seconds += time.perf_counter() - started
-    timings.source_bytes += len(view)
+        for at, end in chunks(0, len(view)):
+            piece = view[at:end]
+            read_exactly(source, begin + at, piece, path)
+            hashed = self.hashing.feed(digest, piece)
+        self.timings.read_seconds += time.perf_counter() - started
+        self.timings.source_bytes += len(view)
+        self.timings.source_hash_seconds = self.hashing.seconds
+        view.release()
+        return hashed
 
 
 def _changed(path: Path) -> ConversionError:
@@ -219,79 +217,76 @@ def _check_unchanged(shard: Shard, source: int) -> None:
         raise _changed(path)
 
 
-def _transform(step: Split, path: Path, buffer: mmap.mmap, backend: Backend, timings: Timings) -> SplitStats:
+def _transform(
+    step: Split, path: Path, buffer: Buffer, hashed: Future[None], backend: Backend, timings: Timings
+) -> SplitStats:
+    hashed.result()  # the residual takes the weight's place
     started = time.perf_counter()
     try:
-        return split_step(step, path, memoryview(buffer), backend)
+        return split_step(step, path, buffer.view, backend)
     finally:
         timings.compute_seconds += time.perf_counter() - started
 
 
-def _write_all(items: queue.Queue[_Item], dest: Path, buffers: Buffers, sink: Sink, timings: Timings) -> None:
-    while (item := items.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        assert isinstance(item, _Begin)
-        try:
-            with PartialFile(dest / item.shard.plan.name, item.shard.plan.source.size) as file:
-                _write_shard(item, file, items, buffers, sink, timings)
-        finally:
-            os.close(item.source)
+@dataclass(frozen=True)
+class _Writer:
+    dest: Path
+    buffers: Buffers
+    hashing: HashThread
+    sink: Sink
+    timings: Timings
 
+    def write_all(self, items: queue.Queue[_Item]) -> None:
+        while (item := items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            assert isinstance(item, _Begin)
+            with PartialFile(self.dest / item.shard.plan.name, item.shard.plan.source.size) as file:
+                self._write_shard(item.shard, file, items)
 
-def _write_shard(
-    begin: _Begin, file: PartialFile, items: queue.Queue[_Item], buffers: Buffers, sink: Sink, timings: Timings
-) -> None:
-    shard, digest = begin.shard, begin.shard.digest
-    if not shard.steps_done:
-        file.write(shard.plan.source.header, 0)
-        digest.update(shard.plan.source.header)
-    while True:
-        item = items.get()
-        if isinstance(item, BaseException):
-            raise item
-        if isinstance(item, _End):
-            started = time.perf_counter()
-            sink.shard_written(shard, item.source_digest, file)
-            timings.write_seconds += time.perf_counter() - started
-            return
-        if isinstance(item, _Chunk):
-            nbytes = item.end - item.begin
-            started = time.perf_counter()
-            view = memoryview(item.buffer)[:nbytes]
-            file.copy_range(begin.source, item.begin, item.end, view)
-            digest.update(view)
-            view.release()
-            timings.write_seconds += time.perf_counter() - started
-            timings.written_bytes += nbytes
-            sink.progress(nbytes)
-        elif isinstance(item, _Result):
-            stats = item.stats.result()
-            started = time.perf_counter()
-            nbytes = _write_result(item, file, digest, sink, shard, stats)
-            timings.write_seconds += time.perf_counter() - started
-            timings.written_bytes += nbytes
-            sink.progress(item.step.end - item.step.begin)
-        else:
-            raise AssertionError(item)
-        buffers.give_back(item.buffer, item.step.nbytes if isinstance(item, _Result) else nbytes)
+    def _write_shard(self, shard: Shard, file: PartialFile, items: queue.Queue[_Item]) -> None:
+        if not shard.steps_done:
+            file.write(shard.plan.source.header, 0)
+            shard.digest.update(shard.plan.source.header)
+        while True:
+            item = items.get()
+            if isinstance(item, BaseException):
+                raise item
+            if isinstance(item, _End):
+                source_digest = item.source_digest.result()
+                started = time.perf_counter()
+                self.sink.shard_written(shard, source_digest, file)
+                self.timings.write_seconds += time.perf_counter() - started
+                return
+            if isinstance(item, _Chunk):
+                nbytes = item.end - item.begin
+                self._write(file, item.buffer.view[:], item.begin, shard.digest)
+                item.hashed.result()
+                self.buffers.give_back(item.buffer)
+                self.sink.progress(nbytes)
+            elif isinstance(item, _Result):
+                self._write_result(item, file, shard, item.stats.result())
+                self.buffers.give_back(item.buffer)
+                self.sink.progress(item.step.end - item.step.begin)
+            else:
+                raise AssertionError(item)
 
+    def _write(self, file: PartialFile, view: memoryview, offset: int, digest: hashlib._Hash) -> None:
+        """Write and hash `view` at the same time, and release it."""
+        hashed = self.hashing.feed(digest, view[:])
+        started = time.perf_counter()
+        file.write(view, offset)
+        self.timings.write_seconds += time.perf_counter() - started
+        self.timings.written_bytes += len(view)
+        view.release()
+        hashed.result()
+        self.timings.output_hash_seconds = self.hashing.seconds
 
-def _write_result(
-    item: _Result, file: PartialFile, digest: hashlib._Hash, sink: Sink, shard: Shard, stats: SplitStats
-) -> int:
-    step = item.step
-    with memoryview(item.buffer) as view:
-        residual, a, b = (view[part] for part in step.parts)
-        file.write(residual, step.begin)
-        digest.update(residual)
-        sink.adapter.write(a, step.a.begin)
-        sink.adapter.write(b, step.b.begin)
-        side = hashlib.sha256(a)
-        side.update(b)
-        written = len(residual) + len(a) + len(b)
-        for part in (residual, a, b):
-            part.release()
-    # The line comes after the bytes: what it claims can be checked against them, and nothing else is trusted.
-    sink.step_done(shard, item.index, digest.copy().hexdigest(), side.hexdigest(), stats)
-    return written
+    def _write_result(self, item: _Result, file: PartialFile, shard: Shard, stats: SplitStats) -> None:
+        step, side = item.step, hashlib.sha256()
+        residual, a, b = (item.buffer.view[part] for part in step.parts)
+        self._write(file, residual, step.begin, shard.digest)
+        self._write(self.sink.adapter, a, step.a.begin, side)
+        self._write(self.sink.adapter, b, step.b.begin, side)
+        # The line comes after the bytes: what it claims can be checked against them, and nothing else is trusted.
+        self.sink.step_done(shard, item.index, shard.digest.copy().hexdigest(), side.hexdigest(), stats)

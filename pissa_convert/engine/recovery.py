@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from pissa_convert.engine.files import PARTIAL, PartialFile, hash_range, read_exactly
+from pissa_convert.engine.files import PARTIAL, PartialFile
 from pissa_convert.engine.journal import Entry
 from pissa_convert.engine.pipeline import Shard
-from pissa_convert.errors import RequestError
-from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
+from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
+from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.linalg import SplitStats
 from pissa_convert.memory import CHUNK
 from pissa_convert.planning import Plan, ShardPlan, Split
@@ -34,18 +31,6 @@ class Progress:
     side: dict[str, str] = field(default_factory=dict)
     sources: dict[str, FileRecord] = field(default_factory=dict)
     outputs: dict[str, FileRecord] = field(default_factory=dict)
-
-
-def hash_file(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(descriptor).st_size
-        hash_range(descriptor, 0, size, path, digest, memoryview(bytearray(CHUNK)))
-    finally:
-        os.close(descriptor)
-    return FileRecord(size, digest.hexdigest())
 
 
 def side_digest(adapter: PartialFile, step: Split) -> str:
@@ -135,41 +120,3 @@ def _recover_prefix(
     finally:
         os.close(descriptor)
     return kept
-
-
-def verify_complete(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
-    """Check that a finished destination is what this plan would make, by the digests of every file on both sides.
-
-    Returns:
-        The manifest's entry of each split weight.
-
-    Raises:
-        RequestError: it is not; the message names the first difference.
-    """
-    path = plan.dest / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_bytes())
-        head = {name: manifest[name] for name in plan.head}
-        sides = [(plan.source, manifest["source"]), (plan.dest, manifest["output"])]
-        records = [
-            (root / name, FileRecord(record["bytes"], record["sha256"]))
-            for root, files in sides
-            for name, record in files.items()
-        ]
-        tensors: dict[str, dict[str, Any]] = manifest["tensors"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError("this is not a manifest of pissa-convert", file=path) from error
-    fix = "choose a new folder, or replace this one with --overwrite"
-    for name, value in plan.head.items():
-        if head[name] != json.loads(json.dumps(value)):
-            raise RequestError(
-                f"DEST holds a finished conversion with another {name}",
-                file=plan.dest,
-                expected=json.dumps(head[name]),
-                found=json.dumps(value),
-                fix=fix,
-            )
-    for file, record in records:
-        if not file.is_file() or hash_file(file) != record:
-            raise RequestError("a file differs from what DEST's manifest says", file=file, fix=fix)
-    return tensors

@@ -14,10 +14,12 @@ from typing import Any
 
 from pissa_convert.engine import destination
 from pissa_convert.engine.destination import State
-from pissa_convert.engine.files import PartialFile, hash_range, read_exactly, storage_error, write_file
+from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
 from pissa_convert.engine.pipeline import Shard, Sink, run_pipeline
-from pissa_convert.engine.recovery import hash_file, recover, reopen, side_digest, verify_complete
+from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
+from pissa_convert.engine.recovery import recover, reopen, side_digest
+from pissa_convert.engine.verify import verify_complete
 from pissa_convert.errors import ConversionError
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
 from pissa_convert.linalg import Backend, SplitStats

@@ -1,17 +1,31 @@
 """`pissa_convert.json`: what was done, from what, and what came out, with digests.
 
 It holds no times and no host names, so it is byte-identical from run to run; and every number in it has a fixed
-width, so its size is known before the work starts.
+width, so its size is known before the work starts. Its last line is the digest of everything before it, so that
+damage to the manifest itself is found.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pissa_convert.errors import FormatError
+from pissa_convert.formats.strict_json import parse_object
+
 MANIFEST_NAME = "pissa_convert.json"
+
+_AGAIN = "make the conversion again with --overwrite"
+
+_TENSOR_KEYS: dict[str, type] = {"file": str, "module": str, "fan_in_fan_out": bool, "relative_error": float}
+"""What is read of a weight's entry."""
+
+_MAX_MANIFEST = 1 << 30
+"""Bytes; a model of 10,000 weights at rank 1024 has a sixth of that."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +34,22 @@ class FileRecord:
 
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest as it was read.
+
+    Attributes:
+        head: tool, version, target, backend, options.
+        source, output: the files' records by relative POSIX path.
+        tensors: the entry of each split weight by its name.
+    """
+
+    head: Mapping[str, Any]
+    source: Mapping[str, FileRecord]
+    output: Mapping[str, FileRecord]
+    tensors: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,4 +100,52 @@ def render_manifest(
         records = {name: {"bytes": files[name].size, "sha256": files[name].sha256} for name in sorted(files)}
         parts.append(f'  "{title}": {_block(records)}')
     parts.append(f'  "tensors": {_block(tensors)}')
-    return ("{\n" + ",\n".join(parts) + "\n}\n").encode()
+    return _sealed(("{\n" + ",\n".join(parts)).encode())
+
+
+def _sealed(text: bytes) -> bytes:
+    return text + b',\n  "manifest_sha256": "' + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n'
+
+
+_SEAL = len(_sealed(b""))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        FormatError: it cannot be read, is no manifest, or is not as it was written.
+    """
+    try:
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= _MAX_MANIFEST else b""
+    except OSError as error:
+        raise FormatError(f"cannot read: {error.strerror}", file=path) from error
+    if _sealed(data[:-_SEAL]) != data:
+        raise FormatError("the manifest's own digest does not fit: it was changed or damaged", file=path, fix=_AGAIN)
+    entries = parse_object(data, path, "the manifest")
+    try:
+        return Manifest(
+            head={name: entries[name] for name in ("tool", "version", "to", "backend", "options")},
+            source=_records(entries["source"]),
+            output=_records(entries["output"]),
+            tensors=_tensors(entries["tensors"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError("this is not a manifest of pissa-convert", file=path, fix=_AGAIN) from error
+
+
+def _tensors(entries: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    for name, entry in entries.items():
+        fits = {key: type(entry[key]) for key in _TENSOR_KEYS} == _TENSOR_KEYS
+        if not fits:
+            raise ValueError(name)
+    return entries
+
+
+def _records(entries: Mapping[str, Any]) -> dict[str, FileRecord]:
+    for name in entries:
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or ".." in parts:
+            raise ValueError(name)  # a manifest is only a file: it cannot point us outside
+    return {name: FileRecord(record["bytes"], record["sha256"]) for name, record in entries.items()}

@@ -1,6 +1,6 @@
 """Run the command in this process and die by SIGKILL at the N-th call of a system call wrapper.
 
-python dying.py {replace|fsync|unlink|pwrite|write|copy_file_range} N {before|after} ARGUMENTS…
+python dying.py {replace|fsync|unlink|pwrite|write|…} N {before|after} ARGUMENTS…
 python dying.py count NAME 0 before ARGUMENTS…      prints how many calls a whole run makes
 """
 
@@ -22,10 +22,12 @@ def install(name: str, fatal: int, when: str) -> list[int]:
         calls[0] += 1
         if calls[0] == fatal and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*arguments, **options)
-        if calls[0] == fatal and when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        number = calls[0]
+        try:
+            return original(*arguments, **options)
+        finally:
+            if number == fatal and when == "after":
+                os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(os, name, dying)
     return calls

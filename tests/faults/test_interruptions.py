@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import digests, llm_like, small_model, write_model
+from checkpoints import digests, llm_like, raw_header, small_model, write_model
 
 from pissa_convert import convert
 from pissa_convert.errors import ConversionError, PissaError, RequestError
@@ -84,9 +88,11 @@ def test_killed_at_every_rename(source: Path, expected: dict[str, str], tmp_path
 
 @pytest.mark.long
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", ["fsync", "unlink", "pwrite", "write", "copy_file_range"])
+@pytest.mark.parametrize("name", ["fsync", "unlink", "pwrite", "write", "posix_fallocate", "ftruncate", "mkdir"])
 def test_killed_at_every_step(source: Path, expected: dict[str, str], tmp_path: Path, name: str, when: str) -> None:
-    for call in range(1, commit_calls(source, tmp_path, name) + 1):
+    calls = commit_calls(source, tmp_path, name)
+    assert calls > 0
+    for call in range(1, calls + 1):
         dest = tmp_path / str(call)
         die_and_continue(source, dest, name, call, when)
         assert digests(dest) == expected
@@ -314,11 +320,121 @@ def test_a_disk_that_fails_in_the_middle_loses_nothing(
         assert digests(dest) == expected
 
 
-def test_a_refused_run_says_how_much_memory_it_needs(tmp_path: Path) -> None:
-    source = write_model(tmp_path / "in", {"x.q_proj.weight": llm_like(64, 64).repeat(40, 40)})
-    with pytest.raises(RequestError, match=r"--max-memory \d+MiB"):
-        convert(source, tmp_path / "out", rank=4, max_memory=1 << 20)
+LARGE = {f"model.layers.{n}.mlp.up_proj.weight": llm_like(700, 500, n) for n in range(2)}
+"""Weights of 1.4 MB: large enough to go to the disk directly."""
+
+
+def is_direct(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_direct_write_that_fails_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, good: int
+) -> None:
+    source = write_model(tmp_path / "in", LARGE, 2)
+    real, calls = os.pwrite, [0]
+
+    def failing(descriptor: int, *arguments: Any) -> int:
+        calls[0] += is_direct(descriptor)
+        if is_direct(descriptor) and calls[0] > good:
+            raise OSError(code, os.strerror(code))
+        return real(descriptor, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing)
+        with pytest.raises(ConversionError, match="same command again"):
+            convert(source, tmp_path / "out", rank=4)
+    assert calls[0] == good + 1
+    assert not (tmp_path / "out" / "config.json").exists()
+    convert(source, tmp_path / "out", rank=4)
+    convert(source, tmp_path / "fresh", rank=4)
+    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("refusal", ["open", "write", "short write"])
+def test_a_file_system_without_direct_writes_gets_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: str
+) -> None:
+    source = write_model(tmp_path / "in", LARGE, 2)
+    convert(source, tmp_path / "direct", rank=4)
+    real_open, real_pwrite, refused = os.open, os.pwrite, [0]
+
+    def opening(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if refusal == "open" and flags & os.O_DIRECT and not flags & os.O_DIRECTORY:
+            refused[0] += 1
+            raise OSError(errno.EINVAL, "no O_DIRECT here")
+        return real_open(path, flags, *arguments, **options)
+
+    def writing(descriptor: int, data: Any, offset: int) -> int:
+        if refusal != "open" and is_direct(descriptor):
+            refused[0] += 1
+            if refusal == "write":
+                raise OSError(errno.EINVAL, "unaligned")
+            return real_pwrite(descriptor, bytes(data[:4096]), offset) if refused[0] % 2 else 0
+        return real_pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "pwrite", writing)
+    convert(source, tmp_path / "cached", rank=4)
+    assert refused[0] > 0
+    assert digests(tmp_path / "cached") == digests(tmp_path / "direct")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting is not permitted here; full disks are injected in the tests above")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_real_disk_that_is_too_small_is_refused_and_one_that_fills_up_is_survived(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    source = write_model(tmp_path / "in", LARGE, 2)
+    convert(source, tmp_path / "fresh", rank=4)
+    filler, dest = small_disk / "filler", small_disk / "out"
+    filler.write_bytes(bytes(15 << 20))
+    with pytest.raises(RequestError, match="disk is too small"):
+        convert(source, dest, rank=4)
+    assert not dest.exists()
+    filler.unlink()
+
+    def fill(done: int, total: int, timings: object) -> None:
+        if not filler.exists():
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 16))
+
+    with pytest.raises(ConversionError, match="make room"):
+        convert(source, dest, rank=4, progress=fill)
+    assert not (dest / "config.json").exists()
+    filler.unlink()
+    assert convert(source, dest, rank=4).resumed
+    assert digests(dest) == digests(tmp_path / "fresh")
+
+
+def test_a_refused_run_says_how_much_memory_it_needs_and_that_is_enough(tmp_path: Path) -> None:
+    weights = {f"x.{n}.q_proj.weight": llm_like(64, 64, n).repeat(40, 40) for n in range(4)}
+    source = write_model(tmp_path / "in", weights)
+    command = [COMMAND, str(source), str(tmp_path / "out"), *OPTIONS, "--log-json", str(tmp_path / "log")]
+    refused = subprocess.run([*command, "--max-memory", "1MiB"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
     assert not (tmp_path / "out").exists()
+    needed = re.search(r"--max-memory (\d+)MiB", refused.stderr)
+    assert needed is not None, refused.stderr
+    subprocess.run([*command, "--max-memory", f"{needed[1]}MiB"], capture_output=True, check=True)
+    assert json.loads((tmp_path / "log").read_text())["peak_memory"] <= int(needed[1]) << 20
+    convert(source, tmp_path / "fresh", rank=4)
+    assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
 
 
 def test_the_journal_is_not_trusted_when_it_is_forged(source: Path, expected: dict[str, str], tmp_path: Path) -> None:
@@ -336,36 +452,49 @@ def test_the_journal_is_not_trusted_when_it_is_forged(source: Path, expected: di
     assert digests(tmp_path / "out") == expected
 
 
-def test_memory_in_flight_never_exceeds_the_budget() -> None:
+def test_memory_in_flight_never_exceeds_the_budget_and_no_buffer_overlaps_another() -> None:
     import threading
 
     from pissa_convert.engine.buffers import Buffers
 
-    buffers, budget = Buffers(100), 100
-    held, peak, lock = [0], [0], threading.Lock()
+    buffers, budget, page = Buffers(100 * 4096), 100, 4096
+    held, peak, lock, broken = [0], [0], threading.Lock(), []
 
-    def work(size: int) -> None:
+    def work(number: int, pages: int) -> None:
+        dice = random.Random(number)
         for _ in range(50):
-            buffer = buffers.take(size)
+            size = dice.randint(1, pages)
+            buffer = buffers.take(size * page - dice.randrange(page))
             with lock:
                 held[0] += size
                 peak[0] = max(peak[0], held[0])
+            buffer.view[:] = bytes([number]) * len(buffer.view)
+            time.sleep(0.0001)
+            if bytes(buffer.view) != bytes([number]) * len(buffer.view):
+                broken.append(number)
             with lock:
                 held[0] -= size
-            buffers.give_back(buffer, size)
+            buffers.give_back(buffer)
 
-    threads = [threading.Thread(target=work, args=(size,)) for size in (100, 60, 30, 10)]
+    threads = [threading.Thread(target=work, args=item) for item in enumerate((100, 60, 30, 10))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert peak[0] <= budget
+    assert not broken
+    assert 60 < peak[0] <= budget
 
 
 def test_the_report_counts_what_was_done(source: Path, tmp_path: Path) -> None:
     report = convert(source, tmp_path / "out", rank=4)
     manifest = json.loads((tmp_path / "out" / "pissa_convert.json").read_text())
     assert report.tensors == len(manifest["tensors"]) == 16
-    assert report.timings.written_bytes > 0
+    timings = report.timings
+    shards = sorted(source.glob("*.safetensors"))
+    adapter = tmp_path / "out" / "pissa_init" / "adapter_model.safetensors"
+    assert timings.source_bytes == sum(file.stat().st_size for file in shards)
+    assert timings.written_bytes == sum(file.stat().st_size - len(raw_header(file)) for file in [*shards, adapter])
+    busy = [timings.read_seconds, timings.compute_seconds, timings.write_seconds]
+    assert all(0 < seconds < report.wall_seconds for seconds in busy)
     assert not report.resumed
     assert torch.tensor([report.relative_error]).isfinite()

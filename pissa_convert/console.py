@@ -1,0 +1,92 @@
+"""What the command shows: progress and closing lines on stderr, the plan on stdout. `cli` decides when."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from pissa_convert.engine.verify import Verification
+    from pissa_convert.planning import Plan
+    from pissa_convert.report import Report, Timings
+
+
+class ProgressBar:
+    """A bar in bytes, for `convert` and `verify`; it opens at the first call and closes at the last byte."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[NoReturn] | None = None
+
+    def __call__(self, done: int, total: int, timings: Timings | None = None) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, dynamic_ncols=True)
+        if timings is not None:
+            self._bar.set_postfix_str(f"bound by {timings.bottleneck}", refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+
+
+def _amount(nbytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan on stdout: it is what was asked for, so it can be piped."""
+    from pissa_convert.estimate import estimate_seconds
+
+    width = max(len(decision.tensor) for decision in plan.decisions)
+    for decision in plan.decisions:
+        print(f"{decision.action.value:6} {decision.tensor:{width}}  {decision.reason}")
+    for skipped in plan.checkpoint.skipped:
+        print(f"{'skip':6} {skipped.path:{width}}  {skipped.reason}")
+    split = list(plan.splits)
+    split_bytes = sum(step.end - step.begin for step in split)
+    compute = estimate_seconds(plan)
+    print(
+        f"""
+split      {len(split)} of {len(plan.decisions)} tensors, {_amount(split_bytes)} of {_amount(plan.source_bytes)}
+adapter    {plan.adapter.name}, rank {plan.options.rank}, {_amount(plan.adapter.size)}
+disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
+memory     {plan.memory.peak} bytes at peak ({_amount(plan.memory.budget)} in flight at most)
+time       about {compute:.0f} s of computing with {plan.backend}, beside moving {_amount(plan.source_bytes)}"""
+    )
+
+
+def print_report(report: Report) -> None:
+    if report.complete_before:
+        print(f"{report.dest} is complete already; every digest fits", file=sys.stderr)
+        return
+    timings = report.timings
+    peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
+    print(
+        f"""{"continued and finished" if report.resumed else "finished"} {report.dest} in {report.wall_seconds:.1f} s: \
+{report.tensors} weights split{peak}
+read {_amount(timings.source_bytes)} in {timings.read_seconds:.1f} s, computed {timings.compute_seconds:.1f} s, \
+wrote {_amount(timings.written_bytes)} in {timings.write_seconds:.1f} s, all at once; bound by {timings.bottleneck}
+W = W_res + s·B·A within {report.relative_error:.1e} of ‖W‖; \
+a full SVD would capture at most about {report.estimated_deficit:.2%} more
+the residual needs its adapter: load {report.dest} with PEFT and subfolder="pissa_init\"""",
+        file=sys.stderr,
+    )
+
+
+def print_verification(found: Verification, source: Path | str | None) -> None:
+    compared = ""
+    if source is not None:
+        compared = f", and W = W_res + s·B·A within {found.relative_error or 0:.1e} of ‖W‖ for {found.tensors} weights"
+    seconds, peak = found.wall_seconds, f", peak memory {_amount(found.peak_memory)}" if found.peak_memory else ""
+    print(f"{found.dest}: every digest of {found.files} files fits{compared}; {seconds:.1f} s{peak}", file=sys.stderr)
+    if found.unexpected:
+        shown = ", ".join(found.unexpected[:5]) + (", …" if len(found.unexpected) > 5 else "")
+        print(f"note: {len(found.unexpected)} files are no part of the conversion: {shown}", file=sys.stderr)

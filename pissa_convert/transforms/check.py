@@ -1,0 +1,30 @@
+"""Does W_res + s·B·A give W? Some rows at a time, in float64, with nothing taken on trust from the split itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def widened(data: memoryview, dtype: str, shape: tuple[int, ...]) -> _Array:
+    """Bytes of "F32", "F16" or "BF16" as a float64 array."""
+    if dtype == "BF16":
+        # float32's upper half
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape).astype(float)
+    kinds: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
+    return np.frombuffer(data, kinds[dtype]).reshape(shape).astype(float)
+
+
+def squared_error(weight: _Array, residual: _Array, left: _Array, right: _Array) -> tuple[float, float]:
+    """‖W − W_res − left·right‖² and ‖W‖² over some rows of W; `left` (rows × r) holds the scaling."""
+    difference = weight - residual
+    difference -= left @ right
+    return float(np.vdot(difference, difference)), float(np.vdot(weight, weight))
+
+
+def same_bytes(first: memoryview, second: memoryview) -> bool:
+    """Whether two ranges of equal length hold the same."""
+    return bool((np.frombuffer(first, np.uint8) == np.frombuffer(second, np.uint8)).all())
