@@ -266,6 +266,7 @@ def test_memory_does_not_grow_with_the_matrix(tmp_path: Path) -> None:
         convert(write_model(folder / "in", model), folder / "out", rank=4)
         run = subprocess.run(
             [sys.executable, "-c", PEAK, str(folder / "out"), str(folder / "in")],
+            cwd=tmp_path,  # not the repository's root, whose package has no core
             capture_output=True,
             text=True,
             check=True,
