@@ -187,8 +187,11 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   return factors;
 }
 
+// In a small matrix the rounding of X and Y to bf16 does not average out, and there is little to gain.
+constexpr std::size_t kSmallForBf16 = 256;
+
 bool uses_bf16(const Kernels& kernels, const Weight& weight) {
-  return kernels.bf16 != nullptr && weight.dtype == DType::bf16;
+  return kernels.bf16 != nullptr && weight.dtype == DType::bf16 && std::min(weight.rows, weight.cols) >= kSmallForBf16;
 }
 
 // values ← what `dtype` can hold of them.

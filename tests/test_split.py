@@ -30,7 +30,8 @@ def norm(matrix: torch.Tensor) -> float:
 
 def deficit(weight: torch.Tensor, sigma: np.ndarray) -> float:
     exact = torch.linalg.svdvals(weight.double()).numpy()[: len(sigma)]
-    return float(1 - np.sum(sigma.astype(float) ** 2) / np.sum(exact**2))
+    energy, found = np.sum(exact**2), np.sum(sigma.astype(float) ** 2)
+    return float(1 - found / energy if energy else found)
 
 
 def error_over_rounding(weight: torch.Tensor, result) -> tuple[float, float]:
