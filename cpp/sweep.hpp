@@ -1,4 +1,4 @@
-// Power steps over a weight in its own dtype: Y = W·X and Z = Wᵀ·Y while a panel of W's rows is in cache, so that W
+// Power steps over a weight in its own dtype: Y = W·X and Z = Wᵀ·Y while a block of W's rows is in cache, so that W
 // is read from memory once for the two products.
 #pragma once
 
@@ -12,7 +12,7 @@
 namespace pissa {
 
 // Dense operands are row-major; `Element` is float, or the bits of bf16 (see packing.hpp), to which a weight of another
-// dtype is converted panel by panel. The number of columns k is a multiple of 16.
+// dtype is converted block by block. The number of columns k is a multiple of 16.
 //
 // Every element is summed in an order that depends only on the shapes and the kernel: a row's dot product by one
 // task, and Z as parts over fixed ranges of rows, which are added in their order. So results are the same for any

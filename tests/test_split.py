@@ -191,6 +191,28 @@ def test_special_matrices(name: str, dtype: torch.dtype) -> None:
     assert error <= 1.02 * rounding + 3e-7 * norm(weight)
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES.values()))
+def test_singular_values_repeated_more_often_than_a_block_is_wide_are_all_found(dtype: torch.dtype) -> None:
+    weight = (torch.eye(600)[:, :520] * 3).to(dtype)
+    result = split(weight, 64)
+    if dtype != torch.bfloat16:  # whose reported values are off by up to 1.5 % here; what B·A captures is not
+        np.testing.assert_allclose(result.singular_values, 3, rtol=2e-3)
+    assert norm(result.B.double() @ result.A.double()) ** 2 == pytest.approx(64 * 9, rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES.values()))
+@pytest.mark.parametrize("passes", [4, 8, "auto"])
+def test_low_rank_above_rounding_noise_gives_no_ghosts(dtype: torch.dtype, passes: int | str) -> None:
+    """W spans three decades within the rank: more than products rounded to bf16 can resolve."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(700, 40, generator=generator) @ torch.randn(40, 600, generator=generator)).to(dtype)
+    result = split(weight, 64, passes=passes)
+    exact = torch.linalg.svdvals(weight.double()).numpy()
+    np.testing.assert_allclose(result.singular_values[:40], exact[:40], rtol=1e-3)
+    assert np.all(result.singular_values[40:] <= 1.01 * exact[40] + 1e-4 * exact[0])
+    assert norm(result.residual) < 5e-3 * norm(weight)
+
+
 @pytest.mark.parametrize(
     ("dtype", "scale"),
     [
