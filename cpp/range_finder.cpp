@@ -42,7 +42,7 @@ RangeFinder<Element>::RangeFinder(const Kernels& kernels, ThreadPool& pool, cons
   basis_.h_rows = (max_passes + 1) * block;
   basis_.h = Buffer<double>(pool.scratch(), basis_.h_rows * block * max_passes);
   gram_ = Buffer<double>(pool.scratch(), basis_.h_rows * block * max_passes);
-  double norm = sketch(1.0f, key, y_.data());
+  double norm = sketch(1.0f, key);
   if (!(norm > kSmallNorm && norm < kLargeNorm)) {
     // Also where a value is not finite: it leaves no finite norm. The sketch is repeated at the weight's own scale.
     const float largest = max_magnitude(kernels, pool, weight);
@@ -51,26 +51,20 @@ RangeFinder<Element>::RangeFinder(const Kernels& kernels, ThreadPool& pool, cons
     out_of_range_ = !zero_ && kIsBf16<Element>;
     if (zero_ || out_of_range_) return;
     const int magnitude = std::clamp(std::ilogb(largest), -120, 120);
-    norm = std::ldexp(sketch(std::ldexp(1.0f, -magnitude), key, y_.data()), magnitude);
+    norm = std::ldexp(sketch(std::ldexp(1.0f, -magnitude), key), magnitude);
   }
   basis_.exponent = std::clamp(std::ilogb(norm / std::sqrt(static_cast<double>(block))), -120, 120);
   basis_.householder = extend_basis(kernels, pool, weight.cols, x_.data(), stride_, 0, 0, z_.data(), block).householder;
 }
 
-// z = Wᵀ·G, G random signs of the given magnitude, put into `signs`, a block of y; returns its norm.
+// z = Wᵀ·S; returns its norm. Every row of S has one entry, a random sign of the given magnitude: where rows share a
+// direction, such a sketch finds it as a dense one does, for one reading of W.
 template <class Element>
-double RangeFinder<Element>::sketch(float magnitude, std::uint64_t key, Element* signs) {
-  constexpr std::size_t kRowsPerTask = 256;
-  const std::size_t block = basis_.block;
-  pool_.run((weight_.rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::size_t task) {
-    std::vector<float> row(block);
-    for (std::size_t i = task * kRowsPerTask; i < std::min(weight_.rows, (task + 1) * kRowsPerTask); ++i) {
-      random_signs(key, i * block, block, row.data());
-      for (float& sign : row) sign *= magnitude;
-      round_to(kernels_, row.data(), signs + i * stride_, block);
-    }
-  });
-  sweep_.transposed_product(signs, stride_, block, z_.data());
+double RangeFinder<Element>::sketch(float magnitude, std::uint64_t key) {
+  Buffer<float> signs(pool_.scratch(), weight_.rows);
+  random_signs(key, 0, weight_.rows, signs.data());
+  for (float& sign : signs) sign *= magnitude;
+  sweep_.sketch(signs.data(), basis_.block, z_.data());
   double sum = 0;
   for (const float value : z_) sum += static_cast<double>(value) * static_cast<double>(value);
   return std::sqrt(sum);
@@ -91,7 +85,7 @@ bool RangeFinder<Element>::advance() {
     // X spans a space that W maps into itself and back. What W has beyond it, as with singular values repeated more
     // often than the block is wide, is found from a new start; if there is nothing, the basis holds all of W.
     std::fill(step.remainder.begin(), step.remainder.end(), 0.0);
-    sketch(std::ldexp(1.0f, -b.exponent), key_ + b.passes + 1, y_.data() + next);
+    sketch(std::ldexp(1.0f, -b.exponent), key_ + b.passes + 1);
     const Extension fresh =
         extend_basis(kernels_, pool_, weight_.cols, x_.data(), stride_, next, next, z_.data(), b.block);
     b.exhausted = fresh.exhausted;

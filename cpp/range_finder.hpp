@@ -59,7 +59,7 @@ class RangeFinder {
   static std::size_t workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes, unsigned threads);
 
  private:
-  double sketch(float magnitude, std::uint64_t key, Element* signs);
+  double sketch(float magnitude, std::uint64_t key);
 
   const Kernels& kernels_;
   ThreadPool& pool_;

@@ -24,7 +24,7 @@ using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // Stop when the estimate says that a full SVD would capture at most this much more of the leading energy.
-constexpr double kTargetDeficit = 3e-3;
+constexpr double kTargetDeficit = 4e-3;
 
 // How the work is laid out for a rank. Narrower blocks reach the target with fewer columns, but blocks narrower than a
 // vector, or of many passes, waste more than that. Measured on weights with language models' spectra: 6 (rank 16), 4.5
@@ -171,7 +171,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     if (ritz.estimated_deficit <= kTargetDeficit) break;
     // A check costs as much as a pass or two: the next is where the estimate will have come down, if it goes on so.
     const double factor = std::log(ritz.estimated_deficit / kTargetDeficit) / -std::log(ritz.convergence);
-    const double ahead = ritz.convergence < 1 ? std::clamp(std::ceil(0.7 * factor), 1.0, 8.0) : 2.0;
+    const double ahead = ritz.convergence < 1 ? std::clamp(std::ceil(0.6 * factor), 1.0, 8.0) : 2.0;
     next_check = std::min(schedule.max_passes, basis.passes + static_cast<std::size_t>(ahead));
   }
   start = Clock::now();

@@ -49,10 +49,10 @@ void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, cons
     for (std::size_t at = begin; at < end; at += kRowsPerPiece) {
       const std::size_t count = std::min(kRowsPerPiece, end - at);
       const std::size_t steps = (count + depth - 1) / depth;
-      pack(kernels, b + at * stride, stride, count, q, q, packed_b.data());
+      pack(kernels, b + at * stride, stride, count, q, packed_b.data());
       for (std::size_t group = 0; group < groups.count; ++group) {
         const std::size_t lanes = groups.size(group);
-        pack(kernels, a + at * stride + groups.begin(group), stride, count, lanes, lanes, packed_a.data());
+        pack(kernels, a + at * stride + groups.begin(group), stride, count, lanes, packed_a.data());
         tile.accumulate(packed_b.data(), depth, q * depth, packed_a.data(), steps, out + groups.begin(group), p, q,
                         groups.vectors_of(group));
       }
