@@ -24,36 +24,41 @@ using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // Stop when the estimate says that a full SVD would capture at most this much more of the leading energy.
-constexpr double kTargetDeficit = 4e-3;
+constexpr double kTargetDeficit = 3e-3;
+
+// Where σ_r is less of σ₁ than this, products in bf16 and sums in float would cost the last directions accuracy.
+constexpr double kPrecise = 2e-2;
 
 // How the work is laid out for a rank. Narrower blocks reach the target with fewer columns, but blocks narrower than a
-// vector, or of many passes, waste more than that. Measured on weights with language models' spectra: 6 (rank 16), 4.5
-// (rank 64) or 3.25 (rank 128) columns per direction reach it. The first check comes early, where it costs little, and
-// tells from the speed of convergence when the next is due.
+// vector waste more than that. Measured on weights with language models' spectra: about 2.3·rank + 64 columns reach it.
+// The first check comes a little earlier and tells from the speed of convergence when the next is due.
 struct Schedule {
   Schedule(const Weight& weight, std::size_t rank, std::size_t passes) {
     const std::size_t limit = std::min(weight.rows, weight.cols);
-    block = rank <= 32 ? 16 : 32;
-    first_check = (2 * rank + 32) / block;
+    first_check = (2 * rank + 48) / block;
     max_passes = passes > 0 ? passes : (6 * rank + 64) / block + 1;
     // Where the basis would have to span most of the space, its whole Gram matrix is cheaper and exact.
-    const std::size_t expected = (rank <= 32 ? 3 * rank + 47 : 2 * rank + 127) / block * block;
+    const std::size_t expected = 2 * rank + rank / 4 + 64;
     exact = passes == 0 ? 4 * expected >= 3 * limit : rank + 2 * block > limit;
-    if (!exact) max_passes = std::min(max_passes, limit / block - 1);
+    if (!exact) max_passes = std::min(max_passes, limit / block);
     min_passes = (rank + block - 1) / block;
     if (!exact && max_passes < min_passes) exact = true;
     first_check = std::clamp(first_check, min_passes, std::max(min_passes, max_passes));
   }
-  std::size_t block, first_check, max_passes, min_passes;
+  static constexpr std::size_t block = 16;
+  std::size_t first_check, max_passes, min_passes;
   bool exact;
 };
 
-// Left singular vectors scaled by nothing, and Wᵀ·left: W ≈ left·(Wᵀ·left)ᵀ. Row-major with `stride`.
+// W ≈ Σ σᵢ·uᵢ·vᵢᵀ, with uᵢ the column order[i] of `left`, and vᵢ that of `right` divided by its length. Row-major with
+// `stride`.
 struct Factors {
   std::size_t stride = 0;
-  Buffer<float> left;   // rows × rank, orthonormal
-  Buffer<float> right;  // cols × rank, column i of length σ_i
-  std::vector<double> sigma;
+  Buffer<float> left;          // rows × rank, orthonormal
+  Buffer<float> right;         // cols × rank
+  std::vector<double> length;  // of right's columns
+  std::vector<double> sigma;   // descending
+  std::vector<std::size_t> order;
 };
 
 constexpr std::size_t kExactPiece = 512;
@@ -103,6 +108,8 @@ Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& w
   }
   Factors factors;
   factors.sigma.resize(rank);
+  factors.order.resize(rank);
+  std::iota(factors.order.begin(), factors.order.end(), 0);
   factors.stride = rank;
   factors.left = Buffer<float>(pool.scratch(), weight.rows * rank);
   factors.right = Buffer<float>(pool.scratch(), weight.cols * rank);
@@ -126,6 +133,41 @@ Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& w
       }
     }
   }
+  factors.length = factors.sigma;
+  return factors;
+}
+
+// The triplets that a Krylov basis holds. X is orthonormal up to its rounding only, and so X·v is not quite of length
+// one: W·(X·v) = σ·u holds as it is, and for the direction of X·v, σ is less by that length.
+template <class Element>
+Factors combine(const RangeFinder<Element>& finder, const RitzTriplets& ritz, std::size_t rank) {
+  const KrylovBasis& basis = finder.basis();
+  const std::size_t k = basis.columns();
+  std::vector<double> to_left(ritz.vectors);
+  for (std::size_t i = 0; i < rank; ++i) {
+    for (std::size_t j = 0; j < k; ++j) to_left[i * k + j] *= ritz.sigma[i] > 0 ? 1 / ritz.sigma[i] : 0.0;
+  }
+  Factors factors;
+  factors.stride = round_up(rank, 16);
+  factors.left = finder.combine_y(to_left, rank);
+  factors.right = finder.combine_x(ritz.vectors, rank);
+  std::vector<double> sigma(rank), length(rank, 0.0);
+  for (std::size_t j = 0; j < factors.right.size() / factors.stride; ++j) {
+    const float* row = factors.right.data() + j * factors.stride;
+    for (std::size_t i = 0; i < rank; ++i) length[i] += static_cast<double>(row[i]) * static_cast<double>(row[i]);
+  }
+  for (std::size_t i = 0; i < rank; ++i) {
+    length[i] = std::sqrt(length[i]);
+    sigma[i] = ritz.sigma[i] > 0 ? std::ldexp(ritz.sigma[i], basis.exponent) / length[i] : 0.0;
+  }
+  factors.order.resize(rank);
+  std::iota(factors.order.begin(), factors.order.end(), 0);
+  std::stable_sort(factors.order.begin(), factors.order.end(),
+                   [&](std::size_t i, std::size_t j) { return sigma[i] > sigma[j]; });
+  for (const std::size_t column : factors.order) {
+    factors.sigma.push_back(sigma[column]);
+    factors.length.push_back(length[column]);
+  }
   return factors;
 }
 
@@ -136,53 +178,50 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   const std::size_t rank = request.rank;
   auto start = Clock::now();
   std::optional<RangeFinder<Element>> finder;
-  finder.emplace(kernels, pool, weight, schedule.block, schedule.max_passes, request.key);
+  finder.emplace(kernels, pool, weight, Schedule::block, schedule.max_passes, request.key);
   const auto start_over = [&] {
     finder.reset();
     return factor_by_krylov<float>(kernels, pool, request, schedule, true, result);
   };
   if (finder->out_of_range()) return start_over();
   result.sweep_seconds += seconds_since(start);
-  result.block = schedule.block;
-  Factors factors;
-  factors.sigma.assign(rank, 0.0);
+  result.block = Schedule::block;
   if (finder->zero()) {
-    factors.stride = rank;
-    factors.left = Buffer<float>(pool.scratch(), weight.rows * rank);
-    factors.right = Buffer<float>(pool.scratch(), weight.cols * rank);
-    std::fill(factors.left.begin(), factors.left.end(), 0.0f);
-    std::fill(factors.right.begin(), factors.right.end(), 0.0f);
-    return factors;
+    Factors none;
+    none.stride = rank;
+    none.left = Buffer<float>(pool.scratch(), weight.rows * rank);
+    none.right = Buffer<float>(pool.scratch(), weight.cols * rank);
+    std::fill(none.left.begin(), none.left.end(), 0.0f);
+    std::fill(none.right.begin(), none.right.end(), 0.0f);
+    none.length.assign(rank, 0.0);
+    none.sigma.assign(rank, 0.0);
+    none.order.assign(rank, 0);
+    return none;
   }
   const KrylovBasis& basis = finder->basis();
   RitzTriplets ritz;
-  std::size_t next_check = request.passes > 0 ? schedule.max_passes : schedule.first_check;
-  for (bool more = true; more;) {
+  for (std::size_t next = request.passes > 0 ? schedule.max_passes : schedule.first_check;;) {
     start = Clock::now();
-    while (basis.passes < next_check && (more = finder->advance())) {
-    }
-    more = more && !basis.exhausted && basis.passes < schedule.max_passes;
+    finder->advance_to(next);
     result.sweep_seconds += seconds_since(start);
     start = Clock::now();
-    ritz = rayleigh_ritz(pool, basis, finder->gram(exact), rank, more ? kTargetDeficit : INFINITY, exact);
+    ritz = rayleigh_ritz(pool, finder->gram(exact), basis.columns(), rank, Schedule::block, exact);
+    if (basis.exhausted) ritz.estimated_deficit = 0;
     result.ritz_seconds += seconds_since(start);
-    // A few directions far above all others, or a W of low rank: what bf16 leaves of orthogonality is not enough.
-    if (kIsBf16<Element> && !ritz.well_conditioned) return start_over();
-    if (ritz.estimated_deficit <= kTargetDeficit) break;
+    // A few directions far above all others, or a W of low rank: the others drown in the rounding of what is computed
+    // in bf16, or of sums in float.
+    if (!exact && ritz.sigma[rank - 1] < kPrecise * ritz.sigma[0]) return start_over();
+    if (ritz.estimated_deficit <= kTargetDeficit || basis.exhausted || basis.passes == schedule.max_passes) break;
     // A check costs as much as a pass or two: the next is where the estimate will have come down, if it goes on so.
     const double factor = std::log(ritz.estimated_deficit / kTargetDeficit) / -std::log(ritz.convergence);
     const double ahead = ritz.convergence < 1 ? std::clamp(std::ceil(0.6 * factor), 1.0, 8.0) : 2.0;
-    next_check = std::min(schedule.max_passes, basis.passes + static_cast<std::size_t>(ahead));
+    next = std::min(schedule.max_passes, basis.passes + static_cast<std::size_t>(ahead));
   }
   start = Clock::now();
   result.passes = basis.passes;
   result.householder = basis.householder;
   result.estimated_deficit = ritz.estimated_deficit;
-  for (double& coefficient : ritz.x_coefficients) coefficient = std::ldexp(coefficient, basis.exponent);
-  factors.stride = round_up(rank, 16);
-  factors.left = finder->combine_y(ritz.y_coefficients, rank);
-  factors.right = finder->combine_x(ritz.x_coefficients, rank);
-  for (std::size_t i = 0; i < rank; ++i) factors.sigma[i] = std::ldexp(ritz.sigma[i], basis.exponent);
+  Factors factors = combine(*finder, ritz, rank);
   result.ritz_seconds += seconds_since(start);
   return factors;
 }
@@ -251,14 +290,17 @@ StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const
   std::vector<float> largest(rank, 0.0f);
   for (std::size_t j = 0; j < (transposed ? rows : cols); ++j) {
     const float* row = a_side.data() + j * factors.stride;
-    for (std::size_t i = 0; i < rank; ++i) largest[i] = std::fabs(row[i]) > std::fabs(largest[i]) ? row[i] : largest[i];
+    for (std::size_t i = 0; i < rank; ++i) {
+      const float value = row[factors.order[i]];
+      largest[i] = std::fabs(value) > std::fabs(largest[i]) ? value : largest[i];
+    }
   }
   std::vector<double> left_scale(rank), right_scale(rank);
   for (std::size_t i = 0; i < rank; ++i) {
     const double sign = largest[i] < 0 ? -1 : 1;
     const double shared = factors.sigma[i] / request.scaling;
     left_scale[i] = sign * std::sqrt(shared);
-    right_scale[i] = shared > 0 ? sign / (std::sqrt(shared) * request.scaling) : 0;
+    right_scale[i] = shared > 0 ? sign * std::sqrt(shared) / factors.length[i] : 0;
   }
   constexpr std::size_t kPiece = 64;
   const std::size_t left_tasks = (rows + kPiece - 1) / kPiece, right_tasks = (cols + kPiece - 1) / kPiece;
@@ -272,7 +314,7 @@ StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const
     for (std::size_t j = 0; j < count; ++j) {
       const float* row = (is_left ? factors.left : factors.right).data() + (begin + j) * factors.stride;
       for (std::size_t i = 0; i < rank; ++i) {
-        values[j * rank + i] = static_cast<float>(static_cast<double>(row[i]) * scale[i]);
+        values[j * rank + i] = static_cast<float>(static_cast<double>(row[factors.order[i]]) * scale[i]);
       }
     }
     if (request.weight.dtype == DType::bf16) round_to_dtype(DType::bf16, values.data(), count * rank);
@@ -327,10 +369,10 @@ std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::s
   const Schedule schedule(weight, rank, passes);
   const std::size_t factors = 2 * sizeof(float) * (weight.rows + weight.cols) * rank;
   const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
-  const std::size_t columns = schedule.block * schedule.max_passes;
+  const std::size_t columns = Schedule::block * schedule.max_passes;
   const std::size_t range =
       schedule.exact ? sizeof(double) * (2 * small * small + small * (kExactPiece + rank) + large * rank)
-                     : RangeFinder<float>::workspace_bytes(weight, schedule.block, schedule.max_passes, threads) +
+                     : RangeFinder<float>::workspace_bytes(weight, Schedule::block, schedule.max_passes, threads) +
                            sizeof(double) * 6 * columns * columns;
   return std::max(range + factors / 2, factors + residual_workspace_bytes(weight, rank)) + (4u << 20);
 }

@@ -66,23 +66,29 @@ std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t ma
   return sizeof(Element) * (weight.cols + 1) * max_block + threads * lane;
 }
 
+// The lane's blocks of rows, in their order.
+template <class Element>
+template <class Task>
+void Sweep<Element>::for_each_block(std::size_t index, const Task& task) const {
+  const std::size_t stop = std::min(weight_.rows, (index + 1) * lane_rows_);
+  for (std::size_t begin = index * lane_rows_; begin < stop; begin += block_rows_) {
+    task(begin, std::min(block_rows_, stop - begin));
+  }
+}
+
 // Z's sums are kept transposed, so that a row of W is read as it lies: z_stride_ apart, k rows.
 template <class Element>
 template <class Add>
-void Sweep<Element>::for_each_block(std::size_t k, float z_scale, float* z, const Add& add) {
-  const std::size_t lanes = (weight_.rows + lane_rows_ - 1) / lane_rows_;
+void Sweep<Element>::add_up(std::size_t k, float z_scale, float* z, const Add& add) {
   const std::size_t size = z_stride_ * k;
   Buffer<float> sum(pool_.scratch(), size);
   std::atomic<std::size_t> added{0};
-  pool_.run(lanes, [&](std::size_t index) {
+  pool_.run(lanes(), [&](std::size_t index) {
     Lane lane(*this, k);
     Buffer<float> own(pool_.scratch(), index == 0 ? 0 : size);
     float* part = index == 0 ? sum.data() : own.data();
     std::memset(part, 0, sizeof(float) * size);
-    const std::size_t stop = std::min(weight_.rows, (index + 1) * lane_rows_);
-    for (std::size_t begin = index * lane_rows_; begin < stop; begin += block_rows_) {
-      add(begin, std::min(block_rows_, stop - begin), lane, part);
-    }
+    for_each_block(index, [&](std::size_t begin, std::size_t count) { add(begin, count, lane, part); });
     // In their order, which is also that in which tasks are handed out: the one waited for is always at work.
     wait_until([&] { return added.load(std::memory_order_acquire) == index; });
     for (std::size_t i = 0; index > 0 && i < size; ++i) sum[i] += part[i];
@@ -109,22 +115,39 @@ template <class Element>
 void Sweep<Element>::power_step(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
                                 std::size_t y_stride, float z_scale, float* z) {
   pack_x(x, x_stride, k, x_scale);
-  const std::size_t columns = round_up(weight_.cols, tile_.wide);
-  for_each_block(k, z_scale, z, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+  add_up(k, z_scale, z, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
-    multiply_rows(count, k, lane);
-    for (std::size_t i = 0; i < count; ++i) {
-      round_to(kernels_, lane.sums.data() + i * k, y + (begin + i) * y_stride, k);
-    }
-    pack(kernels_, y + begin * y_stride, y_stride, count, k, lane.packed_y.data());
-    tile_.add_transposed(lane.packed_y.data(), k, lane.rows, row_stride_, count, columns, part, z_stride_);
+    multiply_rows(begin, count, k, lane, y, y_stride);
+    multiply_columns(begin, count, k, lane, y, y_stride, part);
+  });
+}
+
+template <class Element>
+void Sweep<Element>::product(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
+                             std::size_t y_stride) {
+  pack_x(x, x_stride, k, x_scale);
+  pool_.run(lanes(), [&](std::size_t index) {
+    Lane lane(*this, k);
+    for_each_block(index, [&](std::size_t begin, std::size_t count) {
+      load_rows(begin, count, lane);
+      multiply_rows(begin, count, k, lane, y, y_stride);
+    });
+  });
+}
+
+template <class Element>
+void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float z_scale,
+                                        float* z) {
+  add_up(k, z_scale, z, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+    load_rows(begin, count, lane);
+    multiply_columns(begin, count, k, lane, y, y_stride, part);
   });
 }
 
 template <class Element>
 void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
   const std::size_t bytes = weight_.cols * size_of(weight_.dtype);
-  for_each_block(k, 1.0f, z, [&](std::size_t begin, std::size_t count, Lane&, float* part) {
+  add_up(k, 1.0f, z, [&](std::size_t begin, std::size_t count, Lane&, float* part) {
     Buffer<float> row(pool_.scratch(), weight_.cols);
     for (std::size_t i = begin; i < begin + count; ++i) {
       kernels_.widen(static_cast<const char*>(weight_.data) + i * bytes, weight_.dtype, row.data(), weight_.cols);
@@ -184,7 +207,8 @@ void Sweep<Element>::pack_x(const Element* x, std::size_t stride, std::size_t k,
 }
 
 template <class Element>
-void Sweep<Element>::multiply_rows(std::size_t count, std::size_t k, Lane& lane) const {
+void Sweep<Element>::multiply_rows(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, Element* y,
+                                   std::size_t y_stride) const {
   const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
   const std::size_t piece = std::max<std::size_t>(16, kXBytes / (k * depth * sizeof(Element)));
@@ -197,6 +221,17 @@ void Sweep<Element>::multiply_rows(std::size_t count, std::size_t k, Lane& lane)
                groups.vectors_of(group));
     }
   }
+  for (std::size_t i = 0; i < count; ++i) {
+    round_to(kernels_, lane.sums.data() + i * k, y + (begin + i) * y_stride, k);
+  }
+}
+
+template <class Element>
+void Sweep<Element>::multiply_columns(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, const Element* y,
+                                      std::size_t y_stride, float* part) const {
+  pack(kernels_, y + begin * y_stride, y_stride, count, k, lane.packed_y.data());
+  tile_.add_transposed(lane.packed_y.data(), k, lane.rows, row_stride_, count, round_up(weight_.cols, tile_.wide), part,
+                       z_stride_);
 }
 
 template class Sweep<float>;
