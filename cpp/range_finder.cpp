@@ -19,7 +19,7 @@ constexpr double kLargeNorm = 1e15;
 
 // Rows must not be whole pages apart: the columns of a tile would fall into the same few lines of the cache.
 std::size_t stride_for(std::size_t block, std::size_t max_passes) {
-  const std::size_t columns = max_passes * block;
+  const std::size_t columns = round_up(block * max_passes, 32);
   return columns % 256 == 0 ? columns + 32 : columns;
 }
 
@@ -35,8 +35,8 @@ RangeFinder<Element>::RangeFinder(const Kernels& kernels, ThreadPool& pool, cons
       key_(key),
       sweep_(kernels, pool, weight, block),
       stride_(stride_for(block, max_passes)),
-      x_(pool.scratch(), weight.cols * stride_),
-      y_(pool.scratch(), weight.rows * stride_),
+      x_(pool.scratch(), weight.cols * stride_ + kReadBeyond),
+      y_(pool.scratch(), weight.rows * stride_ + kReadBeyond),
       z_(pool.scratch(), weight.cols * block) {
   basis_.block = block;
   gram_ = Buffer<double>(pool.scratch(), max_columns() * max_columns());
@@ -69,13 +69,12 @@ double RangeFinder<Element>::sketch(float magnitude, std::uint64_t key) {
 }
 
 template <class Element>
-void RangeFinder<Element>::advance_to(std::size_t passes) {
+void RangeFinder<Element>::advance_to(std::size_t passes, bool last) {
   KrylovBasis& b = basis_;
   const float scale = std::ldexp(1.0f, -b.exponent);
-  bool multiplied = false;  // z is Wᵀ·Y for the last block of Y
   while (!zero_ && b.passes < passes) {
     if (b.passes > 0) {
-      if (!multiplied) {
+      if (!multiplied_) {
         sweep_.transposed_product(y_.data() + b.columns() - b.block, stride_, b.block, scale, z_.data());
       }
       if (!extend()) return;
@@ -83,8 +82,8 @@ void RangeFinder<Element>::advance_to(std::size_t passes) {
     const Element* x = x_.data() + b.columns();
     Element* y = y_.data() + b.columns();
     ++b.passes;
-    multiplied = b.passes < passes;
-    if (multiplied) {
+    multiplied_ = b.passes < passes || !last;
+    if (multiplied_) {
       sweep_.power_step(x, stride_, b.block, scale, y, stride_, scale, z_.data());
     } else {
       sweep_.product(x, stride_, b.block, scale, y, stride_);
@@ -138,12 +137,12 @@ Buffer<double> RangeFinder<Element>::gram(bool exact) {
 
 template <class Element>
 Buffer<float> RangeFinder<Element>::combine_y(const std::vector<double>& c, std::size_t rank) const {
-  return multiply<Element>(kernels_, pool_, weight_.rows, y_.data(), stride_, basis_.columns(), c.data(), rank);
+  return multiply(kernels_, pool_, weight_.rows, y_.data(), stride_, basis_.columns(), c.data(), rank);
 }
 
 template <class Element>
 Buffer<float> RangeFinder<Element>::combine_x(const std::vector<double>& c, std::size_t rank) const {
-  return multiply<Element>(kernels_, pool_, weight_.cols, x_.data(), stride_, basis_.columns(), c.data(), rank);
+  return multiply(kernels_, pool_, weight_.cols, x_.data(), stride_, basis_.columns(), c.data(), rank);
 }
 
 template <class Element>

@@ -36,9 +36,9 @@ class RangeFinder {
   RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t block, std::size_t max_passes,
               std::uint64_t key);
 
-  // Passes until there are `passes`, or the basis is exhausted. Between two passes Wᵀ·Y is computed while W·X is,
-  // after the last only if the basis is extended later.
-  void advance_to(std::size_t passes);
+  // Passes until there are `passes`, or the basis is exhausted. Wᵀ·Y, which a further pass needs, is computed while W·X
+  // is, unless this is expected to be the `last` pass.
+  void advance_to(std::size_t passes, bool last);
 
   bool zero() const { return zero_; }  // W is zero everywhere
   // W's scale is beyond what bf16 products can take without losing denormals: the finder over float can.
@@ -69,7 +69,8 @@ class RangeFinder {
   std::size_t stride_;  // of x and y
   Buffer<Element> x_;
   Buffer<Element> y_;
-  Buffer<float> z_;  // the block at work, cols × block
+  Buffer<float> z_;          // the block at work, cols × block
+  bool multiplied_ = false;  // z is Wᵀ·Y for the last block of Y
   KrylovBasis basis_;
   Buffer<double> gram_;  // of Y's first gram_columns_ columns, max_columns() apart
   std::size_t gram_columns_ = 0;

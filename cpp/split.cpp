@@ -200,9 +200,10 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   }
   const KrylovBasis& basis = finder->basis();
   RitzTriplets ritz;
-  for (std::size_t next = request.passes > 0 ? schedule.max_passes : schedule.first_check;;) {
+  std::size_t next = request.passes > 0 ? schedule.max_passes : schedule.first_check;
+  for (bool last = request.passes > 0;; last = true) {
     start = Clock::now();
-    finder->advance_to(next);
+    finder->advance_to(next, last);
     result.sweep_seconds += seconds_since(start);
     start = Clock::now();
     ritz = rayleigh_ritz(pool, finder->gram(exact), basis.columns(), rank, Schedule::block, exact);
@@ -212,9 +213,11 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     // in bf16, or of sums in float.
     if (!exact && ritz.sigma[rank - 1] < kPrecise * ritz.sigma[0]) return start_over();
     if (ritz.estimated_deficit <= kTargetDeficit || basis.exhausted || basis.passes == schedule.max_passes) break;
-    // A check costs as much as a pass or two: the next is where the estimate will have come down, if it goes on so.
+    // A check costs as much as a pass or two: the next is where the estimate will have come down, but not far ahead, as
+    // single passes gain more or less than those around them.
     const double factor = std::log(ritz.estimated_deficit / kTargetDeficit) / -std::log(ritz.convergence);
-    const double ahead = ritz.convergence < 1 ? std::clamp(std::ceil(0.6 * factor), 1.0, 8.0) : 2.0;
+    const double limit = std::ceil(static_cast<double>(basis.passes) / 4);
+    const double ahead = ritz.convergence < 1 ? std::clamp(std::ceil(0.9 * factor), 1.0, limit) : limit;
     next = std::min(schedule.max_passes, basis.passes + static_cast<std::size_t>(ahead));
   }
   start = Clock::now();

@@ -146,13 +146,17 @@ void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, 
 
 template <class Element>
 void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
-  const std::size_t bytes = weight_.cols * size_of(weight_.dtype);
-  add_up(k, 1.0f, z, [&](std::size_t begin, std::size_t count, Lane&, float* part) {
-    Buffer<float> row(pool_.scratch(), weight_.cols);
-    for (std::size_t i = begin; i < begin + count; ++i) {
-      kernels_.widen(static_cast<const char*>(weight_.data) + i * bytes, weight_.dtype, row.data(), weight_.cols);
-      float* sum = part + i % k * z_stride_;
-      for (std::size_t j = 0; j < weight_.cols; ++j) sum[j] += signs[i] * row[j];
+  add_up(k, 1.0f, z, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+    load_rows(begin, count, lane);
+    for (std::size_t c = 0; c < k; ++c) {
+      const std::size_t first = (c + k - begin % k) % k;  // row of the block that column c sums, as every k-th after it
+      if (first >= count) continue;
+      const std::size_t rows = (count - first + k - 1) / k;
+      Element* factors = lane.packed_y.data();
+      for (std::size_t i = 0; i < rows; ++i) factors[i] = to_element<Element>(signs[begin + first + i * k]);
+      std::fill(factors + rows, factors + round_up(rows, tile_.depth), Element{0});
+      tile_.add_transposed(factors, 1, lane.rows + first * row_stride_, k * row_stride_, rows,
+                           round_up(weight_.cols, tile_.wide), part + c * z_stride_, z_stride_);
     }
   });
 }

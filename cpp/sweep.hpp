@@ -33,7 +33,8 @@ class Sweep {
   void product(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y, std::size_t y_stride);
   void transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float z_scale, float* z);
 
-  // z (cols × k, contiguous): column c is the sum of the rows i ≡ c (mod k) of W, each times signs[i].
+  // z (cols × k, contiguous): column c is the sum of the rows i ≡ c (mod k) of W, each times signs[i], a power of two
+  // or minus one.
   void sketch(const float* signs, std::size_t k, float* z);
 
  private:

@@ -74,8 +74,8 @@ void check_power_step(const Kernels& kernels, DType dtype, const Shape& s) {
       worst_z = std::max(worst_z, excess(z[j * s.k + c], sum, 2e-6 * size));
       double signed_sum = 0, total = 0;
       for (std::size_t i = c; i < s.rows; i += s.k) {
-        signed_sum += static_cast<double>(signs[i]) * w.values[i * s.cols + j];
-        total += std::fabs(w.values[i * s.cols + j]);
+        signed_sum += static_cast<double>(signs[i]) * weight(i * s.cols + j);
+        total += std::fabs(weight(i * s.cols + j));
       }
       worst_sketch = std::max(worst_sketch, excess(sketch[j * s.k + c], signed_sum, 1e-6 * total));
     }

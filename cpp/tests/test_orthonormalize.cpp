@@ -5,6 +5,7 @@
 #include "matrices.hpp"
 #include "orthonormalize.hpp"
 #include "packing.hpp"
+#include "tall.hpp"
 
 using namespace pissa;
 
@@ -22,7 +23,7 @@ void check_extension(const Kernels& kernels, Kind kind, std::size_t n, std::size
   std::vector<std::vector<Element>> results;
   for (unsigned threads = 1; threads <= 3; ++threads) {
     ThreadPool pool(threads);
-    std::vector<Element> x(n * stride);
+    std::vector<Element> x(n * stride + kReadBeyond);
     std::vector<float> z(n * k);
     for (std::size_t done = 0; done < p; done += k) {
       for (std::size_t i = 0; i < z.size(); ++i) z[i] = random_value(done + 1, i);
