@@ -7,6 +7,8 @@
 #include <numeric>
 #include <optional>
 #include <stdexcept>
+#include <type_traits>
+#include <utility>
 
 #include "buffer.hpp"
 #include "kernels/scalar.hpp"
@@ -63,12 +65,18 @@ struct Factors {
 
 constexpr std::size_t kExactPiece = 512;
 
-// All singular directions of the smaller side, from its Gram matrix in double.
-Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t rank) {
+// Squares of float between which their sums and products stay in range.
+constexpr double kSmallSquare = 1e-20, kLargeSquare = 1e20;
+
+// All singular directions of the smaller side, from its Gram matrix in T. None where float is not precise enough for
+// them.
+template <class T>
+std::optional<Factors> factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& weight,
+                                      std::size_t rank) {
   const bool wide = weight.rows <= weight.cols;
   const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
   std::vector<float> row(weight.cols);
-  Buffer<double> piece(pool.scratch(), small * kExactPiece), gram(pool.scratch(), small * small);
+  Buffer<T> piece(pool.scratch(), small * kExactPiece), gram(pool.scratch(), small * small);
   // Column-major small × count: elements [begin, begin + count) of the larger side.
   const auto load = [&](std::size_t begin, std::size_t count) {
     const std::size_t bytes = size_of(weight.dtype);
@@ -76,35 +84,38 @@ Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& w
       for (std::size_t i = 0; i < small; ++i) {
         kernels.widen(static_cast<const char*>(weight.data) + (i * weight.cols + begin) * bytes, weight.dtype,
                       row.data(), count);
-        for (std::size_t j = 0; j < count; ++j) piece[j * small + i] = static_cast<double>(row[j]);
+        for (std::size_t j = 0; j < count; ++j) piece[j * small + i] = static_cast<T>(row[j]);
       }
     } else {
       for (std::size_t j = 0; j < count; ++j) {
         kernels.widen(static_cast<const char*>(weight.data) + (begin + j) * weight.cols * bytes, weight.dtype,
                       row.data(), small);
-        for (std::size_t i = 0; i < small; ++i) piece[j * small + i] = static_cast<double>(row[i]);
+        for (std::size_t i = 0; i < small; ++i) piece[j * small + i] = static_cast<T>(row[i]);
       }
     }
   };
   for (std::size_t at = 0; at < large; at += kExactPiece) {
     const std::size_t count = std::min(kExactPiece, large - at);
     load(at, count);
-    lapack::gemm('N', 'T', small, small, count, 1.0, piece.data(), small, piece.data(), small, at == 0 ? 0.0 : 1.0,
+    lapack::gemm('N', 'T', small, small, count, T{1}, piece.data(), small, piece.data(), small, at == 0 ? T{0} : T{1},
                  gram.data(), small);
   }
   double trace = 0;
-  for (std::size_t i = 0; i < small; ++i) trace += gram[i * small + i];
+  for (std::size_t i = 0; i < small; ++i) trace += static_cast<double>(gram[i * small + i]);
+  constexpr bool kIsDouble = std::is_same_v<T, double>;
+  if (!kIsDouble && !(trace > kSmallSquare && trace < kLargeSquare)) return std::nullopt;
   if (!std::isfinite(trace)) throw std::domain_error("holds NaN or infinity");
   std::vector<double> values(rank);
-  Buffer<double> vectors(pool.scratch(), small * rank), other(pool.scratch(), large * rank);
+  Buffer<T> vectors(pool.scratch(), small * rank), other(pool.scratch(), large * rank);
   if (!lapack::largest_eigenpairs(small, gram.data(), rank, values.data(), vectors.data())) {
     throw std::runtime_error("LAPACK stedc did not converge");
   }
+  if (!kIsDouble && values[rank - 1] < kPrecise * kPrecise * values[0]) return std::nullopt;
   for (std::size_t at = 0; at < large; at += kExactPiece) {
     const std::size_t count = std::min(kExactPiece, large - at);
     load(at, count);
-    lapack::gemm('T', 'N', count, rank, small, 1.0, piece.data(), small, vectors.data(), small, 0.0, other.data() + at,
-                 large);
+    lapack::gemm('T', 'N', count, rank, small, T{1}, piece.data(), small, vectors.data(), small, T{0},
+                 other.data() + at, large);
   }
   Factors factors;
   factors.sigma.resize(rank);
@@ -114,11 +125,11 @@ Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& w
   factors.left = Buffer<float>(pool.scratch(), weight.rows * rank);
   factors.right = Buffer<float>(pool.scratch(), weight.cols * rank);
   for (std::size_t i = 0; i < rank; ++i) {
-    const double* image = other.data() + i * large;
+    const T* image = other.data() + i * large;
     factors.sigma[i] = std::sqrt(std::inner_product(image, image + large, image, 0.0));
     const double inverse = factors.sigma[i] > 0 ? 1 / factors.sigma[i] : 0;
     for (std::size_t j = 0; j < small; ++j) {
-      const double v = vectors[i * small + j];
+      const auto v = static_cast<double>(vectors[i * small + j]);
       if (wide) {
         factors.left[j * rank + i] = static_cast<float>(v);
       } else {
@@ -129,7 +140,7 @@ Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& w
       if (wide) {
         factors.right[j * rank + i] = static_cast<float>(image[j]);
       } else {
-        factors.left[j * rank + i] = static_cast<float>(image[j] * inverse);
+        factors.left[j * rank + i] = static_cast<float>(static_cast<double>(image[j]) * inverse);
       }
     }
   }
@@ -230,7 +241,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
 }
 
 // In a small matrix the rounding of X and Y to bf16 does not average out, and there is little to gain.
-constexpr std::size_t kSmallForBf16 = 256;
+constexpr std::size_t kSmallForBf16 = 96;
 
 bool uses_bf16(const Kernels& kernels, const Weight& weight) {
   return kernels.bf16 != nullptr && weight.dtype == DType::bf16 && std::min(weight.rows, weight.cols) >= kSmallForBf16;
@@ -343,7 +354,10 @@ SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
   const auto start = Clock::now();
   Factors factors;
   if (schedule.exact) {
-    factors = factor_exactly(kernels, pool, request.weight, request.rank);
+    std::optional<Factors> exact;
+    if (request.weight.dtype != DType::f32) exact = factor_exactly<float>(kernels, pool, request.weight, request.rank);
+    if (!exact) exact = factor_exactly<double>(kernels, pool, request.weight, request.rank);
+    factors = std::move(*exact);
     result.ritz_seconds = seconds_since(start);
   } else {
     factors =
