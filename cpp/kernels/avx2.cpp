@@ -18,6 +18,7 @@ struct Float8 {
   static Register load_sum(const float* p) { return _mm256_loadu_ps(p); }
   static void store_sum(float* p, Register r) { _mm256_storeu_ps(p, r); }
   static Operand load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Operand x) { _mm256_storeu_ps(p, x); }
   static Operand broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Register multiply_add(Operand a, Operand b, Register c) { return _mm256_fmadd_ps(a, b, c); }
 };
@@ -34,6 +35,7 @@ struct Double4 {
   static Register load_sum(const double* p) { return _mm256_loadu_pd(p); }
   static void store_sum(double* p, Register r) { _mm256_storeu_pd(p, r); }
   static Operand load(const double* p) { return _mm256_loadu_pd(p); }
+  static void store(double* p, Operand x) { _mm256_storeu_pd(p, x); }
   static Operand broadcast(const double* p) { return _mm256_broadcast_sd(p); }
   static Register multiply_add(Operand a, Operand b, Register c) { return _mm256_fmadd_pd(a, b, c); }
 };

@@ -20,6 +20,7 @@ struct Float16 {
   static Register load_sum(const float* p) { return _mm512_loadu_ps(p); }
   static void store_sum(float* p, Register r) { _mm512_storeu_ps(p, r); }
   static Operand load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Operand x) { _mm512_storeu_ps(p, x); }
   static Operand broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Register multiply_add(Operand a, Operand b, Register c) { return _mm512_fmadd_ps(a, b, c); }
 };
@@ -36,6 +37,7 @@ struct Double8 {
   static Register load_sum(const double* p) { return _mm512_loadu_pd(p); }
   static void store_sum(double* p, Register r) { _mm512_storeu_pd(p, r); }
   static Operand load(const double* p) { return _mm512_loadu_pd(p); }
+  static void store(double* p, Operand x) { _mm512_storeu_pd(p, x); }
   static Operand broadcast(const double* p) { return _mm512_set1_pd(*p); }
   static Register multiply_add(Operand a, Operand b, Register c) { return _mm512_fmadd_pd(a, b, c); }
 };

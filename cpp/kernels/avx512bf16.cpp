@@ -16,6 +16,7 @@ struct Bf16Pair16 {
   static Register load_sum(const float* p) { return _mm512_loadu_ps(p); }
   static void store_sum(float* p, Register r) { _mm512_storeu_ps(p, r); }
   static Operand load(const Element* p) { return reinterpret_cast<Operand>(_mm512_loadu_si512(p)); }
+  static void store(Element* p, Operand x) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(x)); }
   static Operand broadcast(const Element* p) {
     std::int32_t pair;
     std::memcpy(&pair, p, sizeof pair);

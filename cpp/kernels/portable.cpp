@@ -27,6 +27,7 @@ struct Plain {
   }
   static void store_sum(T* p, const Register& r) { std::memcpy(p, r.lane, sizeof r.lane); }
   static Register load(const T* p) { return load_sum(p); }
+  static void store(T* p, const Register& r) { store_sum(p, r); }
   static Register broadcast(const T* p) {
     Register r;
     for (T& lane : r.lane) lane = *p;

@@ -108,10 +108,15 @@ void load_columns(const typename Op::Element* row, const typename Op::Element* n
   }
 }
 
-// Rows of C that are two vectors wide: B's rows are the vectors, A's elements are broadcast.
-template <class Op, std::size_t Rows>
+constexpr std::size_t kMaxTransposedRows = 128;  // of B at a time
+
+// Rows of C that are two vectors wide: B's rows are the vectors, A's elements are broadcast. The first tile of a strip
+// leaves B's vectors in `strip` for the others: rows of B often lie a power of two apart, where the first-level cache
+// holds but eight of them.
+template <class Op, std::size_t Rows, bool First>
 void transposed_tile(const typename Op::Element* a, std::size_t a_step, const typename Op::Element* b,
-                     std::size_t b_row, std::size_t rows, typename Op::Sum* c, std::size_t c_row) {
+                     std::size_t b_row, std::size_t rows, typename Op::Element* strip, typename Op::Sum* c,
+                     std::size_t c_row) {
   typename Op::Register sum[Rows][2];
 #pragma GCC unroll 16
   for (std::size_t i = 0; i < Rows; ++i) {
@@ -120,7 +125,14 @@ void transposed_tile(const typename Op::Element* a, std::size_t a_step, const ty
   }
   const auto step = [&](const typename Op::Element* next) {
     typename Op::Operand column[2];
-    load_columns<Op>(b, next, column);
+    if constexpr (First) {
+      load_columns<Op>(b, next, column);
+      Op::store(strip, column[0]);
+      Op::store(strip + Op::kWidth * Op::kDepth, column[1]);
+    } else {
+      column[0] = Op::load(strip);
+      column[1] = Op::load(strip + Op::kWidth * Op::kDepth);
+    }
 #pragma GCC unroll 16
     for (std::size_t i = 0; i < Rows; ++i) {
       const typename Op::Operand row = Op::broadcast(a + i * Op::kDepth);
@@ -129,6 +141,7 @@ void transposed_tile(const typename Op::Element* a, std::size_t a_step, const ty
     }
     a += a_step;
     b += Op::kDepth * b_row;
+    strip += 2 * Op::kWidth * Op::kDepth;
   };
   for (std::size_t s = 0; s < rows / Op::kDepth; ++s) step(b + b_row);
   if (rows % Op::kDepth != 0) step(nullptr);
@@ -139,26 +152,30 @@ void transposed_tile(const typename Op::Element* a, std::size_t a_step, const ty
   }
 }
 
-template <class Op, std::size_t... Index>
+template <class Op, bool First, std::size_t... Index>
 constexpr auto transposed_tiles_of_rows(std::index_sequence<Index...>) {
-  return std::array{transposed_tile<Op, Index + 1>...};
+  return std::array{transposed_tile<Op, Index + 1, First>...};
 }
 
-// Pieces of columns that the groups of C's rows pass over one after the other come from the second-level cache once.
 template <class Op, std::size_t Rows>
-void add_transposed(const void* a, std::size_t k, const void* b, std::size_t b_row, std::size_t rows,
-                    std::size_t columns, void* c, std::size_t c_row) {
-  static constexpr auto kTiles = transposed_tiles_of_rows<Op>(std::make_index_sequence<Rows>());
-  constexpr std::size_t kWide = 2 * Op::kWidth, kPiece = 4 * kWide;
+void add_transposed(const void* a_begin, std::size_t k, const void* b_begin, std::size_t b_row, std::size_t rows,
+                    std::size_t columns, void* c_begin, std::size_t c_row) {
+  static constexpr auto kFirst = transposed_tiles_of_rows<Op, true>(std::make_index_sequence<Rows>());
+  static constexpr auto kOther = transposed_tiles_of_rows<Op, false>(std::make_index_sequence<Rows>());
+  constexpr std::size_t kWide = 2 * Op::kWidth;
+  alignas(64) typename Op::Element strip[kMaxTransposedRows * kWide];
+  const auto* a = static_cast<const typename Op::Element*>(a_begin);
+  const auto* b = static_cast<const typename Op::Element*>(b_begin);
+  auto* c = static_cast<typename Op::Sum*>(c_begin);
   const std::size_t groups = (k + Rows - 1) / Rows;
-  for (std::size_t at = 0; at < columns; at += kPiece) {
-    const std::size_t stop = columns - at < kPiece ? columns : at + kPiece;
-    for (std::size_t group = 0; group < groups; ++group) {
-      const std::size_t begin = k * group / groups, end = k * (group + 1) / groups;
-      for (std::size_t j = at; j < stop; j += kWide) {
-        kTiles[end - begin - 1](static_cast<const typename Op::Element*>(a) + begin * Op::kDepth, k * Op::kDepth,
-                                static_cast<const typename Op::Element*>(b) + j, b_row, rows,
-                                static_cast<typename Op::Sum*>(c) + begin * c_row + j, c_row);
+  for (std::size_t done = 0; done < rows; done += kMaxTransposedRows) {
+    const std::size_t count = rows - done < kMaxTransposedRows ? rows - done : kMaxTransposedRows;
+    for (std::size_t j = 0; j < columns; j += kWide) {
+      for (std::size_t group = 0; group < groups; ++group) {
+        const std::size_t begin = k * group / groups, end = k * (group + 1) / groups;
+        const auto tile = (group == 0 ? kFirst : kOther)[end - begin - 1];
+        tile(a + done * k + begin * Op::kDepth, k * Op::kDepth, b + done * b_row + j, b_row, count, strip,
+             c + begin * c_row + j, c_row);
       }
     }
   }
