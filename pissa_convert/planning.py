@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,66 +21,15 @@ from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME, adapter_con
 from pissa_convert.formats.checkpoint import Checkpoint, open_checkpoint
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, render_manifest
 from pissa_convert.formats.model_card import CARD_NAME, residual_card
-from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo, lay_out
+from pissa_convert.formats.safetensors import TensorInfo, lay_out
 from pissa_convert.linalg import Backend, SplitSpec, SplitStats, tensor_key
-from pissa_convert.memory import MemoryPlan, chunks, plan_memory
+from pissa_convert.memory import MemoryPlan, plan_memory
 from pissa_convert.options import ADAPTER_DTYPES, RunOptions, SplitOptions
+from pissa_convert.steps import ShardPlan, Split, flights, split_steps
 from pissa_convert.targets import Action, Decision, compact_target_modules, decide
 
 ADAPTER_FOLDER = "pissa_init"
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
-
-
-def _align(offset: int) -> int:
-    return -(-offset // 64) * 64
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A byte range of the source shard that passes through unchanged: a run of adjacent tensors."""
-
-    begin: int
-    end: int
-    tensors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Split:
-    """One weight: its bytes become the residual in place, and A and B fill their slots of the adapter file."""
-
-    begin: int
-    end: int
-    tensor: str
-    spec: SplitSpec
-    a: TensorInfo
-    b: TensorInfo
-
-    @property
-    def parts(self) -> tuple[slice, slice, slice]:
-        """Where the weight (which becomes the residual in place), A and B lie in this step's one buffer."""
-        a_at = _align(self.end - self.begin)
-        b_at = _align(a_at + self.a.nbytes)
-        return slice(0, self.end - self.begin), slice(a_at, a_at + self.a.nbytes), slice(b_at, b_at + self.b.nbytes)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in memory for it."""
-        return int(self.parts[2].stop)
-
-
-Step = Copy | Split
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One output shard: the source's header, then its steps in the order of their bytes, without gaps."""
-
-    source: SafetensorsFile
-    steps: tuple[Step, ...]
-
-    @property
-    def name(self) -> str:
-        return self.source.path.name
 
 
 @dataclass(frozen=True)
@@ -159,7 +108,7 @@ class Plan:
     @cached_property
     def output_sizes(self) -> dict[str, int]:
         """Exact size in bytes of every file of the result."""
-        sizes = {shard.name: shard.source.size for shard in self.shards}
+        sizes = {shard.name: shard.size for shard in self.shards}
         sizes[self.adapter.name] = self.adapter.size
         sizes |= {name: len(text) for name, text in self.texts.items()}
         sizes |= {name: (self.source / name).stat().st_size for name in self.copies}
@@ -222,7 +171,10 @@ def make_plan(
                 _check_rank(shard.path, tensor, options.rank)
                 specs[tensor.name] = _spec(tensor, chosen[tensor.name], options)
     adapter, slots = _plan_adapter(checkpoint, decisions, specs, options)
-    shards = tuple(ShardPlan(shard, tuple(_steps(shard, specs, slots))) for shard in checkpoint.shards)
+    shards = tuple(
+        ShardPlan(shard, shard.header, shard.size, tuple(split_steps(shard, specs, slots)))
+        for shard in checkpoint.shards
+    )
     return Plan(
         to=to,
         source=source,
@@ -232,7 +184,9 @@ def make_plan(
         decisions=decisions,
         shards=shards,
         adapter=adapter,
-        memory=plan_memory(_flights(shards), _workspace(specs.values(), backend), run.max_memory),
+        memory=plan_memory(
+            flights(shards), partial(_workspace, specs.values(), backend), backend.threads, run.max_memory
+        ),
         backend=backend.name,
     )
 
@@ -306,39 +260,9 @@ def _plan_adapter(
     return AdapterPlan(f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}", header, infos[-1].end, config), slots
 
 
-def _steps(
-    shard: SafetensorsFile, specs: Mapping[str, SplitSpec], slots: Mapping[str, tuple[TensorInfo, TensorInfo]]
-) -> Iterator[Step]:
-    passing: list[TensorInfo] = []
-    for tensor in shard.tensors:
-        if tensor.name not in specs:
-            passing.append(tensor)
-            continue
-        if passing:
-            yield _copy(passing)
-            passing = []
-        a, b = slots[tensor.name]
-        yield Split(tensor.begin, tensor.end, tensor.name, specs[tensor.name], a, b)
-    if passing:
-        yield _copy(passing)
-
-
-def _copy(tensors: list[TensorInfo]) -> Copy:
-    return Copy(tensors[0].begin, tensors[-1].end, tuple(tensor.name for tensor in tensors))
-
-
-def _flights(shards: Iterable[ShardPlan]) -> Iterator[int]:
-    """Bytes held for each piece of work in the order in which they are taken."""
-    for shard in shards:
-        for step in shard.steps:
-            if isinstance(step, Split):
-                yield step.nbytes
-            else:
-                yield from (end - begin for begin, end in chunks(step.begin, step.end))
-
-
-def _workspace(specs: Iterable[SplitSpec], backend: Backend) -> int:
-    return max(backend.workspace_bytes(spec) for spec in specs)
+def _workspace(specs: Iterable[SplitSpec], backend: Backend, lanes: int) -> int:
+    """Bytes of the workspaces of that many splits at once."""
+    return sum(max(lane.workspace_bytes(spec) for spec in specs) for lane in backend.share(lanes))
 
 
 def manifest(

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pissa_convert.engine.files import PARTIAL, PartialFile
 from pissa_convert.engine.journal import Entry
-from pissa_convert.engine.pipeline import Shard
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
+from pissa_convert.engine.work import Shard
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.linalg import SplitStats
 from pissa_convert.memory import CHUNK
-from pissa_convert.planning import Plan, ShardPlan, Split
+from pissa_convert.planning import Plan
+from pissa_convert.steps import Copy, ShardPlan, Split
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Progress:
 def side_digest(adapter: PartialFile, step: Split) -> str:
     """Digest of a weight's A and B as they lie in the adapter file."""
     digest = hashlib.sha256()
-    for slot in (step.a, step.b):
+    for _, slot in step.beside:
         data = memoryview(bytearray(slot.nbytes))
         read_exactly(adapter.descriptor, slot.begin, data, adapter.partial)
         digest.update(data)
@@ -66,7 +67,7 @@ def recover(plan: Plan, entries: list[Entry], adapter: PartialFile) -> tuple[lis
         if shard.name in committed and _is_whole(shard, path, committed[shard.name], done, adapter):
             output = committed[shard.name]
             progress.sources[shard.name] = FileRecord(shard.source.size, output["source_sha256"])
-            progress.outputs[shard.name] = FileRecord(shard.source.size, output["sha256"])
+            progress.outputs[shard.name] = FileRecord(shard.size, output["sha256"])
             _keep(shard, len(shard.steps), done, progress)
             continue
         reopen(path)
@@ -77,18 +78,18 @@ def recover(plan: Plan, entries: list[Entry], adapter: PartialFile) -> tuple[lis
 
 
 def _is_whole(shard: ShardPlan, path: Path, entry: Entry, done: dict[int, Entry], adapter: PartialFile) -> bool:
-    if not path.is_file() or hash_file(path) != FileRecord(shard.source.size, entry["sha256"]):
+    if not path.is_file() or hash_file(path) != FileRecord(shard.size, entry["sha256"]):
         return False
     return all(
         index in done and side_digest(adapter, step) == done[index]["side"]
         for index, step in enumerate(shard.steps)
-        if isinstance(step, Split)
+        if not isinstance(step, Copy)
     )
 
 
 def _keep(shard: ShardPlan, steps_done: int, done: dict[int, Entry], progress: Progress) -> None:
     for index, step in enumerate(shard.steps[:steps_done]):
-        if isinstance(step, Split):
+        if not isinstance(step, Copy):
             progress.stats[step.tensor] = SplitStats.from_json(done[index]["stats"])
             progress.side[step.tensor] = done[index]["side"]
 
@@ -99,20 +100,19 @@ def _recover_prefix(
     """Follow the partial file from its start for as long as its running digest is what the journal says."""
     fresh = Shard(shard, expected)
     partial = path.with_name(path.name + PARTIAL)
-    if not done or not partial.is_file() or partial.stat().st_size != shard.source.size:
+    if not done or not partial.is_file() or partial.stat().st_size != shard.size:
         return fresh
     scratch = memoryview(bytearray(CHUNK))
     digest = hashlib.sha256()
     kept = fresh
     descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        hash_range(descriptor, 0, len(shard.source.header), partial, digest, scratch)
+        hash_range(descriptor, 0, len(shard.header), partial, digest, scratch)
         for index, step in enumerate(shard.steps):
-            is_split = isinstance(step, Split)
-            if is_split and index not in done:
+            if not isinstance(step, Copy) and index not in done:
                 break
-            hash_range(descriptor, step.begin, step.end, partial, digest, scratch)
-            if isinstance(step, Split):
+            hash_range(descriptor, step.at, step.stop, partial, digest, scratch)
+            if not isinstance(step, Copy):
                 entry = done[index]
                 if digest.hexdigest() != entry["sha256"] or side_digest(adapter, step) != entry["side"]:
                     break

@@ -10,22 +10,26 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from pissa_convert.engine import destination
 from pissa_convert.engine.destination import State
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
-from pissa_convert.engine.pipeline import Shard, Sink, run_pipeline
+from pissa_convert.engine.pipeline import run_pipeline
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
 from pissa_convert.engine.recovery import recover, reopen, side_digest
 from pissa_convert.engine.verify import verify_complete
+from pissa_convert.engine.work import Shard
+from pissa_convert.engine.writer import Sink
 from pissa_convert.errors import ConversionError
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
 from pissa_convert.linalg import Backend, SplitStats
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
 from pissa_convert.planning import Plan, manifest
 from pissa_convert.report import Report, Timings
+from pissa_convert.transforms.split import split_step
 
 ProgressCallback = Callable[[int, int, Timings], None]
 """Called with the bytes of source that are done, the bytes in all, and the stages' timings so far."""
@@ -36,7 +40,7 @@ def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: Prog
 
     Args:
         plan: what to do.
-        backend: does the splits; the one that was planned with.
+        backend: does the splits, in as many lanes as the plan has; the one that was planned with.
         overwrite: replace an earlier conversion in the destination.
         progress: called from this thread as work is finished.
 
@@ -100,12 +104,13 @@ def _convert(
             name, sha256 = shard.plan.name, shard.digest.hexdigest()
             journal.append({"committed": name, "sha256": sha256, "source_sha256": source_sha256}, durable=True)
             done.sources[name] = FileRecord(shard.plan.source.size, source_sha256)
-            done.outputs[name] = FileRecord(shard.plan.source.size, sha256)
+            done.outputs[name] = FileRecord(shard.plan.size, sha256)
             report_progress(len(shard.plan.source.header))
 
         report_progress(0)
         sink = Sink(adapter, step_done, shard_written, report_progress)
-        run_pipeline(remaining, plan.dest, backend, plan.memory.budget, sink, timings)
+        transforms = [partial(split_step, backend=lane) for lane in backend.share(plan.memory.lanes)]
+        run_pipeline(remaining, plan.dest, transforms, plan.memory.budget, sink, timings)
         done.outputs[plan.adapter.name] = _commit_adapter(plan, adapter, done.side)
     for name in plan.checkpoint.auxiliary:
         done.sources[name] = hash_file(plan.source / name)
