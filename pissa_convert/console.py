@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+from pissa_convert.report import LoraReport, Report
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tqdm import tqdm
 
     from pissa_convert.engine.verify import Verification
+    from pissa_convert.lora_planning import LoraPlan
     from pissa_convert.planning import Plan
-    from pissa_convert.report import Report, Timings
+    from pissa_convert.report import Timings
 
 
 class ProgressBar:
@@ -41,8 +44,35 @@ def _amount(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan | LoraPlan) -> None:
     """The plan on stdout: it is what was asked for, so it can be piped."""
+    from pissa_convert.lora_planning import LoraPlan
+
+    if isinstance(plan, LoraPlan):
+        _print_lora_plan(plan)
+    else:
+        _print_split_plan(plan)
+
+
+def _print_lora_plan(plan: LoraPlan) -> None:
+    width = max(map(len, plan.ranks))
+    at_most = "at most " if plan.options.rank == "auto" else ""
+    for module in plan.modules:
+        ranks = f"rank {module.trained.rank} − rank {module.init.rank} → {at_most}rank {plan.ranks[module.name]}"
+        print(f"{'lora':6} {module.name:{width}}  {ranks}")
+    for key in plan.trained.carried:
+        print(f"{'copy':6} {key:{width}}  trained whole")
+    origin = "split again from" if plan.init.derivations else "as it is in"
+    print(
+        f"""
+modules    {len(plan.modules)}, and {len(plan.trained.carried)} tensors that were trained whole
+init       {origin} {plan.init.file}
+disk       {at_most}{sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
+memory     {plan.memory.peak} bytes at peak, {plan.in_flight} modules at once"""
+    )
+
+
+def _print_split_plan(plan: Plan) -> None:
     from pissa_convert.estimate import estimate_seconds
 
     width = max(len(decision.tensor) for decision in plan.decisions)
@@ -63,10 +93,34 @@ time       about {compute:.0f} s of computing with {plan.backend}, beside moving
     )
 
 
-def print_report(report: Report) -> None:
+def print_report(report: Report | LoraReport) -> None:
     if report.complete_before:
         print(f"{report.dest} is complete already; every digest fits", file=sys.stderr)
-        return
+    elif isinstance(report, Report):
+        _print_split_report(report)
+    else:
+        _print_lora_report(report)
+
+
+def _print_lora_report(report: LoraReport) -> None:
+    ranks = [entry["rank"] for entry in report.modules.values()]
+    worst = max(report.modules, key=lambda name: report.modules[name]["relative_error"])
+    shown = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+    why = ""
+    if max(ranks) == report.exact_rank:
+        why = ": s′·B′·A′ − s·B·A has the rank of both adapters together; --rank K makes it smaller"
+    peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
+    print(
+        f"""finished {report.dest} in {report.wall_seconds:.1f} s: {len(ranks)} modules{peak}
+rank {shown}{why}
+within {report.relative_error:.1e} of ‖ΔW‖, at worst {report.modules[worst]["relative_error"]:.1e} in {worst}; \
+training changed the adapter by {report.relative_change:.1e} of its norm
+load it with PEFT onto the original model""",
+        file=sys.stderr,
+    )
+
+
+def _print_split_report(report: Report) -> None:
     timings = report.timings
     peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
     print(

@@ -105,6 +105,12 @@ class Plan:
         names = [name for name in self.checkpoint.auxiliary if name not in self.texts]
         return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
 
+    @property
+    def sources(self) -> dict[str, Path]:
+        """Every file that is read, by its name in the manifest."""
+        names = [*(shard.name for shard in self.shards), *self.checkpoint.auxiliary]
+        return {name: self.source / name for name in sorted(names)}
+
     @cached_property
     def output_sizes(self) -> dict[str, int]:
         """Exact size in bytes of every file of the result."""
@@ -126,10 +132,7 @@ class Plan:
         return {
             **{name: value for name, value in self.head.items() if name != "options"},
             **{f"--{name.replace('_', '-')}": value for name, value in self.options.as_json().items()},
-            **{
-                f"source file {name}": _identity(self.source / name)
-                for name in sorted([*(shard.name for shard in self.shards), *self.checkpoint.auxiliary])
-            },
+            **{f"source file {name}": _identity(path) for name, path in self.sources.items()},
         }
 
 
@@ -154,7 +157,7 @@ def make_plan(
     if to != "pissa":
         raise RequestError("--to is unknown", expected="pissa", found=to)
     source, dest = Path(source).resolve(), Path(os.path.abspath(dest))
-    _check_destination(source, dest)
+    check_destination(source, dest)
     checkpoint = open_checkpoint(source)
     _check_not_residual(checkpoint)
     decisions = decide(
@@ -191,7 +194,12 @@ def make_plan(
     )
 
 
-def _check_destination(source: Path, dest: Path) -> None:
+def check_destination(source: Path, dest: Path) -> None:
+    """Refuse a DEST that is SOURCE, lies inside it, or is no folder.
+
+    Raises:
+        RequestError: it is.
+    """
     real = Path(os.path.realpath(dest))
     if real == source or source in real.parents:
         raise RequestError("DEST is SOURCE or lies inside it", file=dest, fix="choose a folder outside SOURCE")

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from pissa_convert.engine.files import PARTIAL, sync_folder
 from pissa_convert.engine.journal import JOURNAL_NAME, Journal
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.manifest import MANIFEST_NAME
-from pissa_convert.planning import Plan
+
+
+class Work(Protocol):
+    """What a plan, of whichever target, says of its destination."""
+
+    @property
+    def dest(self) -> Path:
+        """The folder to make."""
+
+    @property
+    def output_sizes(self) -> Mapping[str, int]:
+        """Bytes of every file of the result."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What must be unchanged for a partial result to be continued."""
 
 
 class State(Enum):
@@ -24,7 +40,7 @@ class State(Enum):
     COMPLETE = "complete"
 
 
-def check(plan: Plan, overwrite: bool) -> None:
+def check(plan: Work, overwrite: bool) -> None:
     """Refuse, before anything is written, a destination that holds other things or has no room.
 
     Raises:
@@ -43,7 +59,7 @@ def check(plan: Plan, overwrite: bool) -> None:
     _check_space(plan)
 
 
-def _check_space(plan: Plan) -> None:
+def _check_space(plan: Work) -> None:
     existing = next(folder for folder in (plan.dest, *plan.dest.parents) if folder.exists())
     disk = os.statvfs(existing)
     present = 0
@@ -63,7 +79,7 @@ def _check_space(plan: Plan) -> None:
         )
 
 
-def begin(plan: Plan, journal: Journal, overwrite: bool) -> State:
+def begin(plan: Work, journal: Journal, overwrite: bool) -> State:
     """Decide, under the journal's lock, whether this run starts, continues, or finds all done.
 
     Raises:
@@ -82,7 +98,7 @@ def begin(plan: Plan, journal: Journal, overwrite: bool) -> State:
     return State.FRESH
 
 
-def _check_fingerprint(plan: Plan, before: dict[str, Any]) -> None:
+def _check_fingerprint(plan: Work, before: dict[str, Any]) -> None:
     now = json.loads(json.dumps(plan.fingerprint))
     for name in {**now, **before}:
         if before.get(name) != now.get(name):

@@ -58,7 +58,7 @@ def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: Prog
         state = destination.begin(plan, journal, overwrite)
         if state is State.COMPLETE:
             try:
-                tensors = verify_complete(plan)
+                tensors = verify_complete(plan.dest, plan.head, plan.sources)
             finally:
                 journal.remove()
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from pissa_convert.formats.checkpoint import check_inside
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from pissa_convert.formats.model_card import CARD_NAME
 from pissa_convert.memory import peak_resident_bytes
-from pissa_convert.planning import ADAPTER_FOLDER, Plan
+from pissa_convert.planning import ADAPTER_FOLDER
 
 _WORKERS = 4
 """Files in work at once: hashing is bound by one CPU each, and every worker holds some chunks."""
@@ -191,28 +191,35 @@ def _unexpected(dest: Path, manifest: Manifest) -> tuple[str, ...]:
     return tuple(sorted(names - manifest.output.keys() - {MANIFEST_NAME}))
 
 
-def verify_complete(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
-    """Check that a finished destination is what this plan would make, by the digests of every file on both sides.
+def verify_complete(
+    dest: Path, head: Mapping[str, Any], sources: Mapping[str, Path], derived: Collection[str] = ()
+) -> Mapping[str, Mapping[str, Any]]:
+    """Check that a finished destination is what a plan would make, by the digests of every file on both sides.
+
+    Args:
+        head: what the plan says of the conversion as a whole.
+        sources: the files that it reads, by their names in the manifest.
+        derived: names of records there that are of no file.
 
     Returns:
-        The manifest's entry of each split weight.
+        The manifest's entry of each weight or module.
 
     Raises:
         RequestError: it is not; the message names the first difference.
     """
-    manifest = read_manifest(plan.dest / MANIFEST_NAME)
+    manifest = read_manifest(dest / MANIFEST_NAME)
     fix = "choose a new folder, or replace this one with --overwrite"
-    for name, value in plan.head.items():
+    for name, value in head.items():
         if manifest.head[name] != json.loads(json.dumps(value)):
             raise RequestError(
                 f"DEST holds a finished conversion with another {name}",
-                file=plan.dest,
+                file=dest,
                 expected=json.dumps(manifest.head[name]),
                 found=json.dumps(value),
                 fix=fix,
             )
-    for root, records in ((plan.source, manifest.source), (plan.dest, manifest.output)):
-        for name, record in records.items():
-            for finding in check_file(root / name, record):
-                raise RequestError("a file differs from what DEST's manifest says", found=finding, fix=fix)
+    read = [(sources.get(name, Path(name)), record) for name, record in manifest.source.items() if name not in derived]
+    for path, record in [*read, *((dest / name, record) for name, record in manifest.output.items())]:
+        for finding in check_file(path, record):
+            raise RequestError("a file differs from what DEST's manifest says", found=finding, fix=fix)
     return manifest.tensors

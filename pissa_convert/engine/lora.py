@@ -1,0 +1,282 @@
+"""`--to lora` from lock to manifest: module by module, each written once, in the memory of a few modules.
+
+The work is short and its order is that of the output's bytes, so an interrupted run is done again from its start;
+what the destination shows meanwhile is a `.partial` file, and the folder loads only when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from threadpoolctl import threadpool_limits
+
+from pissa_convert.engine import destination
+from pissa_convert.engine.destination import State
+from pissa_convert.engine.factors import FactorFile, InitFactors
+from pissa_convert.engine.files import PartialFile, storage_error, write_file
+from pissa_convert.engine.journal import Journal
+from pissa_convert.engine.reading import hash_file
+from pissa_convert.engine.verify import verify_complete
+from pissa_convert.errors import ConversionError, RequestError, WeightError
+from pissa_convert.formats.adapter import WEIGHTS_NAME
+from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
+from pissa_convert.linalg import Backend
+from pissa_convert.lora_planning import INIT_WEIGHTS, LoraPlan, Module, ModuleResult, choose_ranks, lora_manifest
+from pissa_convert.memory import chunks, peak_resident_bytes
+from pissa_convert.options import ADAPTER_DTYPES
+from pissa_convert.report import LoraReport, Timings
+from pissa_convert.transforms.delta import (
+    Array,
+    Product,
+    decompose,
+    difference,
+    rounded,
+    singular_values,
+    smallest_rank,
+)
+
+ProgressCallback = Callable[[int, int, Timings], None]
+
+_T = TypeVar("_T")
+
+_UNRELATED = 0.5
+"""‖ΔW‖ / √(‖s′B′A′‖² + ‖sBA‖²) is 1 for two adapters that have nothing to do with one another, and a training that
+keeps what it began with stays far below this."""
+
+
+def run_lora(
+    plan: LoraPlan, backend: Backend | None, *, overwrite: bool = False, progress: ProgressCallback | None = None
+) -> LoraReport:
+    """Carry out a plan.
+
+    Args:
+        backend: makes the splits again, where the plan asks for that.
+        overwrite: replace an earlier conversion in the destination.
+        progress: called from this thread as work is finished.
+
+    Raises:
+        PissaError: see the family.
+    """
+    started = time.perf_counter()
+    timings = Timings()
+    destination.check(plan, overwrite)
+    sources = {name: hash_file(path) for name, path in plan.sources.items()}
+    _check_recorded(plan, sources)
+    try:
+        plan.dest.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, plan.dest) from error
+    # One BLAS thread and whole modules beside one another: so the number of threads changes no byte.
+    with Journal(plan.dest) as journal, threadpool_limits(1, user_api="blas"):
+        state = destination.begin(plan, journal, overwrite)
+        if state is State.COMPLETE:
+            try:
+                entries = verify_complete(
+                    plan.dest, plan.head, plan.sources, [INIT_WEIGHTS] if plan.init.derivations else []
+                )
+            finally:
+                journal.remove()
+        else:
+            results = _convert(plan, backend, sources, timings, progress)
+            journal.remove()
+            entries = {name: vars(result) for name, result in results.items()}
+    return _report(plan, state, entries, time.perf_counter() - started, timings)
+
+
+def _check_recorded(plan: LoraPlan, sources: Mapping[str, FileRecord]) -> None:
+    found = sources.get(INIT_WEIGHTS)
+    if found is not None and plan.init.recorded not in (None, found):
+        raise RequestError(
+            "the initial adapter has changed since the split",
+            file=plan.init.file,
+            expected=f"sha256 {plan.init.recorded.sha256}" if plan.init.recorded else None,
+            found=found.sha256,
+            fix="restore it, or add --base MODEL to derive it again",
+        )
+
+
+def _convert(
+    plan: LoraPlan,
+    backend: Backend | None,
+    sources: dict[str, FileRecord],
+    timings: Timings,
+    progress: ProgressCallback | None,
+) -> dict[str, ModuleResult]:
+    if plan.options.rank == "auto":
+        wanted = dict(_in_order(plan, _wanted_rank, backend, timings))
+        plan = replace(plan, ranks=choose_ranks(plan.modules, wanted, plan.options))
+    results: dict[str, ModuleResult] = {}
+    digest = hashlib.sha256()
+    with PartialFile(plan.dest / WEIGHTS_NAME, plan.size) as file, FactorFile(plan.trained.file.path) as trained:
+
+        def write(data: bytes | memoryview, begin: int) -> None:
+            started = time.perf_counter()
+            file.write(data, begin)
+            digest.update(data)
+            timings.write_seconds += time.perf_counter() - started
+            timings.written_bytes += len(data)
+            if progress is not None:
+                progress(begin + len(data), plan.size, timings)
+
+        write(plan.header, 0)
+        for name, (result, stored) in _in_order(plan, _new_factors, backend, timings, sources):
+            results[name] = result
+            for slot, data in zip(plan.slots[name], stored, strict=True):
+                write(data, slot.begin)
+        for slot, tensor in zip(plan.carried_slots, plan.trained.carried.values(), strict=True):
+            for begin, end in chunks(0, tensor.nbytes):
+                write(trained.raw(tensor, begin, end), slot.begin + begin)
+        _check_unchanged(plan, sources)
+        file.commit()
+    outputs = {WEIGHTS_NAME: FileRecord(plan.size, digest.hexdigest())}
+    texts = {name: (plan.trained.root / name).read_bytes() for name in plan.companions} | plan.texts
+    for name, text in texts.items():
+        write_file(plan.dest / name, text)
+        outputs[name] = FileRecord(len(text), hashlib.sha256(text).hexdigest())
+    write_file(plan.dest / MANIFEST_NAME, lora_manifest(plan, sources, outputs, results))
+    return results
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A module's values: both products, and s′·b′ − s·b where B has a bias."""
+
+    module: Module
+    after: Product
+    before: Product
+    bias: Array | None
+
+
+_Work = Callable[[LoraPlan, _Input], _T]
+
+
+def _in_order(
+    plan: LoraPlan,
+    work: _Work[_T],
+    backend: Backend | None,
+    timings: Timings,
+    sources: dict[str, FileRecord] | None = None,
+) -> Iterator[tuple[str, _T]]:
+    """`work` on every module, by name, in the plan's order, a few at once; `sources` gets a derived init's record."""
+    waiting: deque[tuple[str, Future[_T]]] = deque()
+
+    def first() -> tuple[str, _T]:
+        started = time.perf_counter()
+        name, future = waiting.popleft()
+        value = future.result()
+        timings.compute_seconds += time.perf_counter() - started
+        return name, value
+
+    with (
+        InitFactors(plan.init, backend) as init,
+        FactorFile(plan.trained.file.path) as trained,
+        ThreadPoolExecutor(plan.in_flight, "module") as pool,
+    ):
+        try:
+            for module in plan.modules:
+                if len(waiting) == plan.in_flight:
+                    yield first()
+                started = time.perf_counter()
+                given = _read(module, trained, init)
+                timings.read_seconds += time.perf_counter() - started
+                waiting.append((module.name, pool.submit(work, plan, given)))
+            while waiting:
+                yield first()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        if plan.init.derivations and sources is not None:
+            sources[INIT_WEIGHTS] = init.record()
+
+
+def _read(module: Module, trained: FactorFile, init: InitFactors) -> _Input:
+    has_bias = module.trained.bias is not None
+    return _Input(
+        module,
+        trained.product(module.trained),
+        init.product(module.init),
+        trained.bias(module.trained) - init.bias(module.init) if has_bias else None,
+    )
+
+
+def _wanted_rank(plan: LoraPlan, given: _Input) -> int:
+    assert plan.options.tolerance is not None
+    return smallest_rank(singular_values(difference(given.after, given.before)), plan.options.tolerance)
+
+
+def _new_factors(plan: LoraPlan, given: _Input) -> tuple[ModuleResult, tuple[bytes, ...]]:
+    """What is known of a module's new factors, and the bytes of A, B and the bias."""
+    name, dtype = given.module.name, ADAPTER_DTYPES[plan.options.dtype]
+    rank = plan.ranks[name]
+    parts = decompose(difference(given.after, given.before))
+    exact = parts.factors(rank)
+    try:
+        (a, right), (b, left) = rounded(exact.right, dtype), rounded(exact.left, dtype)
+        bias = () if given.bias is None else (rounded(given.bias, dtype)[0],)
+    except WeightError as error:
+        raise WeightError(f"{name}: {error.what}", found=error.found, fix=error.fix) from error
+    # Both differences are exact, so this is the norm of the rounding and not of a cancellation.
+    rounding = difference(Product(exact.left - left, exact.right), Product(left, right - exact.right)).norm
+    norm = parts.tail(0)
+    result = ModuleResult(
+        rank=rank,
+        relative_error=math.hypot(parts.tail(rank), rounding) / norm if norm else 0.0,
+        norm=norm,
+        trained_norm=given.after.norm,
+        init_norm=given.before.norm,
+    )
+    return result, (a, b, *bias)
+
+
+def _check_unchanged(plan: LoraPlan, sources: Mapping[str, FileRecord]) -> None:
+    """What was read while working is what was hashed before."""
+    for name, path in plan.sources.items():
+        if hash_file(path) != sources[name]:
+            raise ConversionError("the file has changed during the work", file=path, fix="run the same command again")
+
+
+def _report(
+    plan: LoraPlan, state: State, entries: Mapping[str, Mapping[str, Any]], seconds: float, timings: Timings
+) -> LoraReport:
+    def total(key: str) -> float:
+        return math.sqrt(sum(entry[key] ** 2 for entry in entries.values()))
+
+    norm = total("norm")
+    error = math.sqrt(sum((entry["relative_error"] * entry["norm"]) ** 2 for entry in entries.values()))
+    return LoraReport(
+        dest=plan.dest,
+        modules={name: dict(entry) for name, entry in entries.items()},
+        exact_rank=max(module.exact_rank for module in plan.modules),
+        relative_error=error / norm if norm else 0.0,
+        relative_change=norm / total("init_norm") if total("init_norm") else math.inf,
+        warnings=_warnings(plan, norm, total("trained_norm"), total("init_norm")),
+        resumed=state is State.RESUMED,
+        complete_before=state is State.COMPLETE,
+        wall_seconds=seconds,
+        timings=timings,
+        peak_memory=peak_resident_bytes(),
+    )
+
+
+def _warnings(plan: LoraPlan, norm: float, trained: float, init: float) -> tuple[str, ...]:
+    found = []
+    if norm == 0:
+        found.append("TRAINED is the initial adapter itself: nothing was trained, and the LoRA changes nothing")
+    elif init and norm > _UNRELATED * math.hypot(trained, init):
+        found.append(
+            f"TRAINED does not look like it began as {plan.init.file}: ‖ΔW‖ is {norm / init:.2f} of the initial "
+            f"adapter's ‖s·B·A‖, which training hardly ever changes that much"
+        )
+    if plan.init.derivations and plan.init.recorded is None:
+        said = ", ".join(f"{name} {value or 'auto'}" for name, value in plan.init.options.items() if name != "seed")
+        found.append(
+            f"the initial adapter was split again with seed {plan.init.options['seed']}, {said}, and no manifest "
+            f"proves that it is the same: give the options of the split, or its folder as --init too"
+        )
+    return tuple(found)
