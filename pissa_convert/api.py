@@ -203,19 +203,22 @@ def _plan_lora(
 def verify(
     dest: _Path,
     source: _Path | None = None,
+    init: _Path | None = None,
     *,
     threads: int | None = None,
     progress: verification.Progress | None = None,
 ) -> verification.Verification:
-    """Check a finished conversion against its manifest and, where it is given, the model that it was made from.
+    """Check a finished conversion against its manifest and, where it is given, what it was made from.
 
     Every file's size and SHA-256 is compared with the manifest's, and the manifest's with its own. With `source`, its
     files are compared with their records too, what was copied is compared byte by byte, and for every split weight
-    ‖W − (W_res + s·B·A)‖/‖W‖ is measured and must be what the manifest records. Memory does not grow with the model.
+    ‖W − (W_res + s·B·A)‖/‖W‖, for every module of a LoRA ‖ΔW − B·A‖/‖ΔW‖ is measured and must be what the manifest
+    records. Memory does not grow with the model.
 
     Args:
         dest: the folder that `convert` made; nothing is written to it.
-        source: the folder of the original model.
+        source: the folder of the original model, or for a LoRA of the trained adapter.
+        init: for a LoRA with `source`, the initial adapter, as `convert` took it.
         threads: files that are read at once, at most; by default as many as CPUs, up to four.
         progress: called as `progress(bytes_done, bytes_in_all)`, from worker threads, one call at a time.
 
@@ -224,5 +227,9 @@ def verify(
         DamageError: something differs; its `findings` name every file and tensor that does.
     """
     return verification.verify(
-        Path(dest), None if source is None else Path(source), threads=threads or usable_cpus(), progress=progress
+        Path(dest),
+        None if source is None else Path(source),
+        None if init is None else Path(init),
+        threads=threads or usable_cpus(),
+        progress=progress,
     )

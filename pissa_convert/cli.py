@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "Interrupted at any moment, the same command continues.",
         epilog="example: pissa-convert Llama-3.1-8B/ l8-pissa/ --to pissa --rank 64",
         usage="%(prog)s SOURCE DEST --to {" + ",".join(TARGETS) + "} [options]\n"
-        "       %(prog)s DEST --verify [--source SOURCE]",
+        "       %(prog)s DEST --verify [--source SOURCE [--init INIT]]",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("source", metavar="SOURCE", help="folder of a model, or of a trained adapter; never written to")
@@ -59,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     check = parser.add_argument_group("to check a result")
     check.add_argument("--verify", action="store_true", help="compare the files of DEST with its manifest's digests")
     check.add_argument(
-        "--source", dest="original", metavar="SOURCE", help="with --verify: compare every weight with the original's"
+        "--source",
+        dest="original",
+        metavar="SOURCE",
+        help="with --verify: compare with what was converted; a LoRA needs --init too",
     )
     _add_splitting(parser.add_argument_group("for --to pissa: a model becomes residual and adapter"))
     _add_lora(
@@ -121,10 +124,13 @@ def _add_lora(group: argparse._ArgumentGroup) -> None:
 
 
 def _verify_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="pissa-convert", usage="%(prog)s DEST --verify [--source SOURCE] [--threads N] [--quiet]")
+    parser = _Parser(
+        prog="pissa-convert", usage="%(prog)s DEST --verify [--source SOURCE [--init INIT]] [--threads N] [--quiet]"
+    )
     parser.add_argument("dest", metavar="DEST")
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--source", metavar="SOURCE")
+    parser.add_argument("--init", metavar="INIT")
     parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("--quiet", action="store_true")
     return parser
@@ -194,7 +200,7 @@ def _verify(given: argparse.Namespace) -> None:
     from pissa_convert.console import ProgressBar, print_verification
 
     bar = None if given.quiet or not sys.stderr.isatty() else ProgressBar()
-    found = api.verify(given.dest, given.source, threads=given.threads, progress=bar)
+    found = api.verify(given.dest, given.source, given.init, threads=given.threads, progress=bar)
     if not given.quiet:
         print_verification(found, given.source)
 

@@ -135,10 +135,14 @@ the residual needs its adapter: load {report.dest} with PEFT and subfolder="piss
     )
 
 
+_SPLIT_IS_WHOLE = "W = W_res + s·B·A within {:.1e} of ‖W‖ for {} weights"
+
+
 def print_verification(found: Verification, source: Path | str | None) -> None:
     compared = ""
     if source is not None:
-        compared = f", and W = W_res + s·B·A within {found.relative_error or 0:.1e} of ‖W‖ for {found.tensors} weights"
+        what = "ΔW = B·A within {:.1e} of ‖ΔW‖ for {} modules" if found.to == "lora" else _SPLIT_IS_WHOLE
+        compared = ", and " + what.format(found.relative_error or 0, found.tensors)
     seconds, peak = found.wall_seconds, f", peak memory {_amount(found.peak_memory)}" if found.peak_memory else ""
     print(f"{found.dest}: every digest of {found.files} files fits{compared}; {seconds:.1f} s{peak}", file=sys.stderr)
     if found.unexpected:

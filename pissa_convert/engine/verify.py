@@ -19,12 +19,14 @@ from typing import Any
 
 from pissa_convert.engine.comparison import Adapter, compare_shard
 from pissa_convert.engine.journal import JOURNAL_NAME
+from pissa_convert.engine.lora_check import compare_lora
 from pissa_convert.engine.reading import check_file
 from pissa_convert.errors import DamageError, FormatError, PissaError, RequestError
 from pissa_convert.formats.adapter import WEIGHTS_NAME
 from pissa_convert.formats.checkpoint import check_inside
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from pissa_convert.formats.model_card import CARD_NAME
+from pissa_convert.init_planning import stored_init
 from pissa_convert.memory import peak_resident_bytes
 from pissa_convert.planning import ADAPTER_FOLDER
 
@@ -41,15 +43,18 @@ class Verification:
 
     Attributes:
         dest: the folder.
+        to: what was made.
         files: files whose digests fit.
-        tensors: split weights that were compared with the source's; 0 without a source.
-        relative_error: largest ‖W − (W_res + s·B·A)‖ / ‖W‖ among them, as measured now; None without a source.
+        tensors: split weights (modules of a LoRA) that were compared with the source's; 0 without a source.
+        relative_error: largest ‖W − (W_res + s·B·A)‖ / ‖W‖ (‖ΔW − B·A‖ / ‖ΔW‖) among them, as measured now; None
+            without a source.
         unexpected: files in the folder that the manifest does not name, relative; nothing is known of them.
         wall_seconds: it took.
         peak_memory: largest resident set of this process so far, in bytes, or None where it cannot be read.
     """
 
     dest: Path
+    to: str
     files: int
     tensors: int
     relative_error: float | None
@@ -62,12 +67,20 @@ class Verification:
         return {**asdict(self), "dest": str(self.dest)}
 
 
-def verify(dest: Path, source: Path | None = None, *, threads: int, progress: Progress | None = None) -> Verification:
+def verify(
+    dest: Path,
+    source: Path | None = None,
+    init: Path | None = None,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> Verification:
     """Check a finished conversion; nothing is written.
 
     Args:
         dest: the folder that `convert` made.
-        source: the model that it was made from, to compare weights with.
+        source: the model or adapter that it was made from, to compare with.
+        init: for a LoRA, the initial adapter.
         threads: at most this many files are read at once.
         progress: told of the bytes that are done.
 
@@ -81,12 +94,13 @@ def verify(dest: Path, source: Path | None = None, *, threads: int, progress: Pr
         manifest = read_manifest(dest / MANIFEST_NAME)
     except FormatError as error:
         raise DamageError(dest, [error]) from error
+    _check_comparison(manifest, dest, source, init)
     seen = _Counter(_bytes_to_read(manifest, source), progress)
     findings: list[PissaError] = []
     errors: list[float] = []
     with ThreadPoolExecutor(min(threads, _WORKERS), "verify") as pool:
         try:
-            for found, measured in pool.map(lambda job: job(), _jobs(dest, source, manifest, seen)):
+            for found, measured in pool.map(lambda job: job(), _jobs(dest, source, init, manifest, seen)):
                 findings += found
                 errors += measured
         except BaseException:
@@ -97,6 +111,7 @@ def verify(dest: Path, source: Path | None = None, *, threads: int, progress: Pr
         raise DamageError(dest, findings)
     return Verification(
         dest=dest,
+        to=manifest.head["to"],
         files=len(manifest.output) + 1,
         tensors=len(errors),
         relative_error=max(errors, default=None),
@@ -116,6 +131,19 @@ def _check_request(dest: Path, source: Path | None) -> None:
     if source is not None and not source.is_dir():
         fix = "give the folder of the model that DEST was made from"
         raise RequestError("--source is not a folder", file=source, fix=fix)
+
+
+def _check_comparison(manifest: Manifest, dest: Path, source: Path | None, init: Path | None) -> None:
+    """Refuse to compare with what the result was not made from."""
+    is_lora = manifest.head["to"] == "lora"
+    if init is not None and not is_lora:
+        raise RequestError("--init goes with the result of --to lora", file=dest)
+    if is_lora and (source is None) != (init is None):
+        raise RequestError(
+            "a LoRA is compared with two adapters",
+            file=dest,
+            fix="give the trained one as --source and the one before training as --init",
+        )
 
 
 class _Counter:
@@ -148,9 +176,19 @@ def _bytes_to_read(manifest: Manifest, source: Path | None) -> int:
 
 
 def _jobs(
-    dest: Path, source: Path | None, manifest: Manifest, seen: Callable[[int], None]
+    dest: Path, source: Path | None, init: Path | None, manifest: Manifest, seen: Callable[[int], None]
 ) -> Iterator[Callable[[], _Finding]]:
     """One job per file of the result, or per pair of files where the source is there to compare with."""
+    if manifest.head["to"] == "lora":
+        for name, record in manifest.output.items():
+            yield partial(_check_output, dest / name, record, seen)
+        if source is not None and init is not None:
+            for root, prefix in ((source, "trained/"), (stored_init(init).folder, "init/")):
+                for name, record in manifest.source.items():
+                    if name.startswith(prefix):
+                        yield partial(_check_output, root / name.removeprefix(prefix), record, seen)
+            yield partial(compare_lora, dest, source, init, manifest)
+        return
     shards = _shards(manifest) if source is not None else set()
     if source is not None:
         for name, record in manifest.source.items():

@@ -68,6 +68,13 @@ class Decomposition:
         return Product(np.pad(left, ((0, 0), (0, missing))), np.pad(right, ((0, missing), (0, 0))))
 
 
+def exact_norm(product: Product) -> float:
+    """‖left·right‖ to the rounding of float64 even where the terms of the product all but cancel (by QR, not Gram)."""
+    left: Any = np.linalg.qr(product.left, mode="r")  # numpy's types have it return Q too
+    right: Any = np.linalg.qr(product.right.T, mode="r")
+    return float(np.linalg.norm(left @ right.T))
+
+
 def decompose(product: Product) -> Decomposition:
     """The SVD of a product: QR of both factors, then an SVD no larger than k × k."""
     left_basis, left_small = np.linalg.qr(product.left)
