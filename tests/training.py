@@ -55,3 +55,11 @@ def with_pissa(base: torch.nn.Module, init: Path, **options: Any) -> PeftModel:
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(init)
     return model
+
+
+def shortened(source: Path, dest: Path, layers: int, dtype: str) -> Path:
+    """The first layers of a real model, as a model of their own."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[dtype], num_hidden_layers=layers)
+    model.save_pretrained(dest)
+    AutoTokenizer.from_pretrained(source).save_pretrained(dest)
+    return dest
