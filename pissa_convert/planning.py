@@ -74,6 +74,21 @@ class Plan:
         return (step for shard in self.shards for step in shard.steps if isinstance(step, Split))
 
     @property
+    def beside(self) -> AdapterPlan:
+        """The file that steps fill beside the shards."""
+        return self.adapter
+
+    @property
+    def recorded(self) -> Mapping[str, FileRecord]:
+        """Nothing is known of the source before it is read."""
+        return {}
+
+    @property
+    def last_texts(self) -> Mapping[str, bytes]:
+        """What makes the folder load is copied."""
+        return {}
+
+    @property
     def source_bytes(self) -> int:
         """Bytes of all source shards."""
         return sum(shard.source.size for shard in self.shards)
@@ -124,7 +139,26 @@ class Plan:
             name: FileRecord((self.source / name).stat().st_size, "0" * 64) for name in self.checkpoint.auxiliary
         }
         stats = {step.tensor: SplitStats.blank(self.options.rank) for step in self.splits}
-        return sizes | {MANIFEST_NAME: len(manifest(self, sources, blank, stats))}
+        return sizes | {MANIFEST_NAME: len(self.manifest(sources, blank, stats))}
+
+    def manifest(
+        self, source: Mapping[str, FileRecord], output: Mapping[str, FileRecord], stats: Mapping[str, SplitStats]
+    ) -> bytes:
+        """The text of `pissa_convert.json`; the engine supplies what only the work can tell."""
+        modules = {decision.tensor: decision.module for decision in self.decisions}
+        places = {step.tensor: shard.name for shard in self.shards for step in shard.steps if isinstance(step, Split)}
+        tensors = {
+            step.tensor: {
+                "file": places[step.tensor],
+                "module": modules[step.tensor],
+                "shape": [step.spec.rows, step.spec.cols],
+                "dtype": step.spec.dtype,
+                "fan_in_fan_out": step.spec.fan_in_fan_out,
+                **stats[step.tensor].as_manifest(),
+            }
+            for step in self.splits
+        }
+        return render_manifest(self.head, source, output, tensors)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -271,26 +305,3 @@ def _plan_adapter(
 def _workspace(specs: Iterable[SplitSpec], backend: Backend, lanes: int) -> int:
     """Bytes of the workspaces of that many splits at once."""
     return sum(max(lane.workspace_bytes(spec) for spec in specs) for lane in backend.share(lanes))
-
-
-def manifest(
-    plan: Plan,
-    source: Mapping[str, FileRecord],
-    output: Mapping[str, FileRecord],
-    stats: Mapping[str, SplitStats],
-) -> bytes:
-    """The text of `pissa_convert.json`; the engine supplies what only the work can tell."""
-    modules = {decision.tensor: decision.module for decision in plan.decisions}
-    places = {step.tensor: shard.name for shard in plan.shards for step in shard.steps if isinstance(step, Split)}
-    tensors = {
-        step.tensor: {
-            "file": places[step.tensor],
-            "module": modules[step.tensor],
-            "shape": [step.spec.rows, step.spec.cols],
-            "dtype": step.spec.dtype,
-            "fan_in_fan_out": step.spec.fan_in_fan_out,
-            **stats[step.tensor].as_manifest(),
-        }
-        for step in plan.splits
-    }
-    return render_manifest(plan.head, source, output, tensors)

@@ -1,21 +1,72 @@
 """The steps of a shard: which bytes of the source are read, what becomes of them, and where in the result they go.
 
 A step that is not a `Copy` names its transform's work: its bytes lie in one buffer, which the transform changes, and
-then go from there to the output shard and, beside it, to the adapter.
+then go from there to the output shard and, beside it, to the adapter or another file of the result's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo
-from pissa_convert.linalg import SplitSpec
+from pissa_convert.linalg import SplitSpec, SplitStats
 from pissa_convert.memory import chunks
 
 
 def _align(offset: int) -> int:
     return -(-offset // 64) * 64
+
+
+class Stats(Protocol):
+    """What a transform says of its work; the same on every run."""
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values, from which the step can make it again."""
+
+
+class Change(Protocol):
+    """A step whose bytes are transformed."""
+
+    @property
+    def begin(self) -> int:
+        """In the source shard."""
+
+    @property
+    def end(self) -> int:
+        """In the source shard."""
+
+    @property
+    def at(self) -> int:
+        """Where the result begins in the output shard."""
+
+    @property
+    def stop(self) -> int:
+        """Where it ends."""
+
+    @property
+    def tensor(self) -> str:
+        """The tensor's name, for messages."""
+
+    @property
+    def key(self) -> str:
+        """What its statistics are kept under."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory for it."""
+
+    @property
+    def result(self) -> slice:
+        """The part of the buffer that goes to the output shard, at `at`."""
+
+    @property
+    def beside(self) -> tuple[tuple[slice, TensorInfo], ...]:
+        """The parts of the buffer that go to the file beside the shards, each with its place there."""
+
+    def read_stats(self, values: dict[str, Any]) -> Stats:
+        """Its statistics from their JSON values."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +116,11 @@ class Split:
         return self.at + self.end - self.begin
 
     @property
+    def key(self) -> str:
+        """What its statistics are kept under."""
+        return self.tensor
+
+    @property
     def parts(self) -> tuple[slice, slice, slice]:
         """Where the weight (which becomes the residual in place), A and B lie in this step's one buffer."""
         a_at = _align(self.end - self.begin)
@@ -86,8 +142,12 @@ class Split:
         """The parts of the buffer that go to the adapter file, each with its place there."""
         return (self.parts[1], self.a), (self.parts[2], self.b)
 
+    def read_stats(self, values: dict[str, Any]) -> SplitStats:
+        """Its statistics from their JSON values."""
+        return SplitStats.from_json(values)
 
-Step = Copy | Split
+
+Step = Copy | Change
 
 
 @dataclass(frozen=True)

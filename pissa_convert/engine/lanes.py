@@ -12,9 +12,8 @@ from types import TracebackType
 
 from pissa_convert.engine.buffers import Buffer
 from pissa_convert.engine.work import Transform
-from pissa_convert.linalg import SplitStats
 from pissa_convert.report import Timings
-from pissa_convert.steps import Split
+from pissa_convert.steps import Change, Stats
 
 
 class Lanes:
@@ -41,11 +40,11 @@ class Lanes:
         """Begin nothing more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def submit(self, step: Split, path: Path, buffer: Buffer, hashed: Future[None]) -> Future[SplitStats]:
+    def submit(self, step: Change, path: Path, buffer: Buffer, hashed: Future[None]) -> Future[Stats]:
         """Transform a step once its source is hashed: the result takes the source's place in `buffer`."""
         return self._threads.submit(self._run, step, path, buffer, hashed)
 
-    def _run(self, step: Split, path: Path, buffer: Buffer, hashed: Future[None]) -> SplitStats:
+    def _run(self, step: Change, path: Path, buffer: Buffer, hashed: Future[None]) -> Stats:
         hashed.result()
         transform = self._idle.get()  # there is one for each thread
         started = time.perf_counter()

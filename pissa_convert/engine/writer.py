@@ -13,8 +13,8 @@ from pissa_convert.engine.buffers import Buffers
 from pissa_convert.engine.files import PartialFile
 from pissa_convert.engine.hashing import HashThread
 from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard
-from pissa_convert.linalg import SplitStats
 from pissa_convert.report import Timings
+from pissa_convert.steps import Stats
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Sink:
     """What the writer reports to: all are called in the writer's (the calling) thread.
 
     Attributes:
-        adapter: the adapter file, whose slots are filled.
+        beside: the adapter or another file of the result's own, whose slots are filled; None where there is none.
         step_done: shard, index of the step, digest of the output so far, digest of A and B, statistics.
         shard_written: shard, digest of the source, its finished but uncommitted file.
         progress: bytes of source whose output is in place since the last call.
     """
 
-    adapter: PartialFile
-    step_done: Callable[[Shard, int, str, str, SplitStats], None]
+    beside: PartialFile | None
+    step_done: Callable[[Shard, int, str, str, Stats], None]
     shard_written: Callable[[Shard, str, PartialFile], None]
     progress: Callable[[int], None]
 
@@ -95,10 +95,11 @@ class Writer:
         hashed.result()
         self.timings.output_hash_seconds = self.hashing.seconds
 
-    def _write_result(self, item: Result, file: PartialFile, shard: Shard, stats: SplitStats) -> None:
+    def _write_result(self, item: Result, file: PartialFile, shard: Shard, stats: Stats) -> None:
         step, side = item.step, hashlib.sha256()
         self._write(file, item.buffer.view[step.result], step.at, shard.digest)
         for part, slot in step.beside:
-            self._write(self.sink.adapter, item.buffer.view[part], slot.begin, side)
+            assert self.sink.beside is not None
+            self._write(self.sink.beside, item.buffer.view[part], slot.begin, side)
         # The line comes after the bytes: what it claims can be checked against them, and nothing else is trusted.
         self.sink.step_done(shard, item.index, shard.digest.copy().hexdigest(), side.hexdigest(), stats)
