@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from pissa_convert.engine import verify as verification
+from pissa_convert.engine.base_check import check_base
 from pissa_convert.engine.lora import run_lora
+from pissa_convert.engine.merge import run_merge
 from pissa_convert.engine.run import ProgressCallback, run
+from pissa_convert.engine.verify_jobs import Origins
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import open_adapter
 from pissa_convert.init_planning import derived_init, stored_init
@@ -18,9 +21,10 @@ from pissa_convert.linalg import Backend
 from pissa_convert.linalg.native import NativeBackend, usable_cpus
 from pissa_convert.lora_planning import LoraPlan, plan_lora
 from pissa_convert.matrix import Split, split
-from pissa_convert.options import RunOptions, lora_options, split_options
+from pissa_convert.merge_planning import MergePlan, plan_merge
+from pissa_convert.options import RunOptions, lora_options, merge_options, split_options
 from pissa_convert.planning import Plan, make_plan
-from pissa_convert.report import LoraReport, Report
+from pissa_convert.report import LoraReport, MergeReport, Report
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
 
@@ -47,6 +51,16 @@ def plan(
     max_memory: int | None = None,
     **options: Any,
 ) -> LoraPlan: ...
+@overload
+def plan(
+    source: _Path,
+    dest: _Path,
+    to: Literal["merged"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    **options: Any,
+) -> MergePlan: ...
 def plan(
     source: _Path,
     dest: _Path,
@@ -55,7 +69,7 @@ def plan(
     threads: int | None = None,
     max_memory: int | None = None,
     **options: Any,
-) -> Plan | LoraPlan:
+) -> Plan | LoraPlan | MergePlan:
     """Say what `convert` would do, from headers alone. Writes nothing.
 
     The arguments are those of `convert`.
@@ -95,6 +109,18 @@ def convert(
     progress: ProgressCallback | None = None,
     **options: Any,
 ) -> LoraReport: ...
+@overload
+def convert(
+    source: _Path,
+    dest: _Path,
+    to: Literal["merged"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> MergeReport: ...
 def convert(
     source: _Path,
     dest: _Path,
@@ -105,7 +131,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> Report | LoraReport:
+) -> Report | LoraReport | MergeReport:
     """Convert `source` into the new folder `dest`, streaming. What is interrupted is continued by the same call.
 
     to="pissa" splits the linear weights of a model folder into residual and principal adapter (PiSSA, arXiv
@@ -135,6 +161,12 @@ def convert(
         uniform_rank: the same rank everywhere.
         dtype: of A and B, "float32", "bfloat16" or "float16".
 
+    to="merged" adds an adapter to the model folder `source`: W + s·B·A, in float32 and rounded once, what was trained
+    whole in its place, a head that is tied no longer in a file of its own. Options:
+
+        adapter: the adapter folder: a LoRA for the original model, or a trained PiSSA adapter for its residual.
+        dtype: "float32", "bfloat16" or "float16" for every floating-point tensor; by default each keeps its own.
+
     Args:
         source: the folder to read; never written to.
         dest: the folder to make; must be empty, absent, or hold an interrupted run of the same conversion.
@@ -153,19 +185,28 @@ def convert(
     work = _plan(source, dest, to, options, RunOptions(threads, max_memory), backend)
     if isinstance(work, LoraPlan):
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
+    if isinstance(work, MergePlan):
+        return run_merge(work, overwrite=overwrite, progress=progress)
     return run(work, backend, overwrite=overwrite, progress=progress)
 
 
 def _plan(
     source: _Path, dest: _Path, to: str, options: dict[str, Any], run_options: RunOptions, backend: Backend
-) -> Plan | LoraPlan:
+) -> Plan | LoraPlan | MergePlan:
     if to == "pissa":
         _check_options(to, options, split_options)
         return make_plan(source, dest, to, split_options(**options), run_options, backend)
     if to == "lora":
         _check_options(to, options, lora_options, _INIT)
         return _plan_lora(Path(source), dest, options, run_options, backend)
-    raise RequestError("--to is unknown", expected=" or ".join(("pissa", "lora")), found=to)
+    if to == "merged":
+        _check_options(to, options, merge_options, ("adapter",))
+        adapter = options.pop("adapter", None)
+        if adapter is None:
+            raise RequestError("--to merged needs what to add to the model", fix="give --adapter")
+        chosen = merge_options(**options)
+        return check_base(plan_merge(source, adapter, dest, chosen, run_options, backend.threads))
+    raise RequestError("--to is unknown", expected="pissa, lora or merged", found=to)
 
 
 _INIT = ("init", "base", "seed", "passes", "adapter_dtype")
@@ -196,15 +237,15 @@ def _plan_lora(
     workspace = max(
         (backend.workspace_bytes(split.spec) + split.tensor.nbytes for split in init.derivations.values()), default=0
     )
-    threads = run_options.threads or usable_cpus()
-    return plan_lora(trained, init, dest, chosen, run_options, threads, workspace)
+    return plan_lora(trained, init, dest, chosen, run_options, backend.threads, workspace)
 
 
 def verify(
     dest: _Path,
     source: _Path | None = None,
-    init: _Path | None = None,
     *,
+    init: _Path | None = None,
+    adapter: _Path | None = None,
     threads: int | None = None,
     progress: verification.Progress | None = None,
 ) -> verification.Verification:
@@ -213,12 +254,13 @@ def verify(
     Every file's size and SHA-256 is compared with the manifest's, and the manifest's with its own. With `source`, its
     files are compared with their records too, what was copied is compared byte by byte, and for every split weight
     ‖W − (W_res + s·B·A)‖/‖W‖, for every module of a LoRA ‖ΔW − B·A‖/‖ΔW‖ is measured and must be what the manifest
-    records. Memory does not grow with the model.
+    records, and so must the rounding of every merged weight. Memory does not grow with the model.
 
     Args:
         dest: the folder that `convert` made; nothing is written to it.
         source: the folder of the original model, or for a LoRA of the trained adapter.
         init: for a LoRA with `source`, the initial adapter, as `convert` took it.
+        adapter: for a merged model with `source`, the adapter.
         threads: files that are read at once, at most; by default as many as CPUs, up to four.
         progress: called as `progress(bytes_done, bytes_in_all)`, from worker threads, one call at a time.
 
@@ -226,10 +268,5 @@ def verify(
         RequestError: there is no finished conversion in `dest`, or `source` is no folder.
         DamageError: something differs; its `findings` name every file and tensor that does.
     """
-    return verification.verify(
-        Path(dest),
-        None if source is None else Path(source),
-        None if init is None else Path(init),
-        threads=threads or usable_cpus(),
-        progress=progress,
-    )
+    origins = Origins(*(None if path is None else Path(path) for path in (source, init, adapter)))
+    return verification.verify(Path(dest), origins, threads=threads or usable_cpus(), progress=progress)

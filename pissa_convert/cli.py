@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE_UNITS |= {f"{unit}i": 1024 ** (power + 1) for power, unit in enumerate("KMGT")}
 
-TARGETS = ("pissa", "lora")
+TARGETS = ("pissa", "lora", "merged")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,11 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pissa-convert",
         description="PiSSA as file surgery: split a safetensors model into a residual model and its principal "
-        "adapter, and turn what was trained into an ordinary LoRA, tensor by tensor, in the memory of a few matrices. "
-        "Interrupted at any moment, the same command continues.",
+        "adapter, and turn what was trained into an ordinary LoRA or a merged model, tensor by tensor, in the memory "
+        "of a few matrices. Interrupted at any moment, the same command continues.",
         epilog="example: pissa-convert Llama-3.1-8B/ l8-pissa/ --to pissa --rank 64",
         usage="%(prog)s SOURCE DEST --to {" + ",".join(TARGETS) + "} [options]\n"
-        "       %(prog)s DEST --verify [--source SOURCE [--init INIT]]",
+        "       %(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER]]",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("source", metavar="SOURCE", help="folder of a model, or of a trained adapter; never written to")
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--source",
         dest="original",
         metavar="SOURCE",
-        help="with --verify: compare with what was converted; a LoRA needs --init too",
+        help="with --verify: compare with what was converted; a LoRA needs --init too, a merged model --adapter",
     )
     _add_splitting(parser.add_argument_group("for --to pissa: a model becomes residual and adapter"))
     _add_lora(
@@ -71,7 +71,14 @@ def _parser() -> argparse.ArgumentParser:
             "also --rank K, at most K in each module, or --rank auto; without it nothing is lost",
         )
     )
+    _add_merging(parser.add_argument_group("for --to merged: an adapter is added to a model", "also --dtype"))
     return parser
+
+
+def _add_merging(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--adapter", metavar="ADAPTER", help="a LoRA for an original model, or a trained adapter for its residual"
+    )
 
 
 def _add_common(group: argparse._ArgumentGroup) -> None:
@@ -120,17 +127,19 @@ def _add_lora(group: argparse._ArgumentGroup) -> None:
         "--tolerance", type=float, metavar="T", help="of --rank auto: each module's relative error (default 1e-3)"
     )
     group.add_argument("--uniform-rank", action="store_true", help="the same rank in every module")
-    group.add_argument("--dtype", metavar="DTYPE", help="float32 (default), bfloat16 or float16, of the LoRA")
+    group.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16, of the result")
 
 
 def _verify_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="pissa-convert", usage="%(prog)s DEST --verify [--source SOURCE [--init INIT]] [--threads N] [--quiet]"
+        prog="pissa-convert",
+        usage="%(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER]] [--threads N] [--quiet]",
     )
     parser.add_argument("dest", metavar="DEST")
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--source", metavar="SOURCE")
     parser.add_argument("--init", metavar="INIT")
+    parser.add_argument("--adapter", metavar="ADAPTER")
     parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("--quiet", action="store_true")
     return parser
@@ -200,7 +209,9 @@ def _verify(given: argparse.Namespace) -> None:
     from pissa_convert.console import ProgressBar, print_verification
 
     bar = None if given.quiet or not sys.stderr.isatty() else ProgressBar()
-    found = api.verify(given.dest, given.source, given.init, threads=given.threads, progress=bar)
+    found = api.verify(
+        given.dest, given.source, init=given.init, adapter=given.adapter, threads=given.threads, progress=bar
+    )
     if not given.quiet:
         print_verification(found, given.source)
 

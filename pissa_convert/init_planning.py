@@ -73,7 +73,7 @@ def stored_init(path: Path) -> Init:
     """
     root = path if (path / CONFIG_NAME).is_file() or not (path / ADAPTER_FOLDER).is_dir() else path / ADAPTER_FOLDER
     folder = open_adapter(root, "--init")
-    manifest = _split_manifest(root.parent) if root.name == ADAPTER_FOLDER else None
+    manifest = split_manifest(root.parent) if root.name == ADAPTER_FOLDER else None
     base = folder.config.get("base_model_name_or_path")
     return Init(
         file=folder.file.path,
@@ -87,7 +87,8 @@ def stored_init(path: Path) -> Init:
     )
 
 
-def _split_manifest(folder: Path) -> Manifest | None:
+def split_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a split in `folder`, if there is one."""
     if not (folder / MANIFEST_NAME).is_file():
         return None
     manifest = read_manifest(folder / MANIFEST_NAME)
@@ -111,7 +112,7 @@ def derived_init(model: Path, trained: AdapterFolder, kept: Path | None, given: 
     Raises:
         RequestError: the adapter cannot have begun as a split of this model.
     """
-    manifest = None if kept is None else _split_manifest(kept.parent if kept.name == ADAPTER_FOLDER else kept)
+    manifest = None if kept is None else split_manifest(kept.parent if kept.name == ADAPTER_FOLDER else kept)
     if kept is not None and manifest is None:
         raise RequestError("--init holds no manifest of a split", file=kept, fix="give --base alone, with the options")
     if manifest is not None and given:

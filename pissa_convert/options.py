@@ -143,6 +143,32 @@ def lora_options(
 
 
 @dataclass(frozen=True)
+class MergeOptions:
+    """Options of `--to merged`.
+
+    Attributes:
+        dtype: "float32", "bfloat16" or "float16" for every floating-point tensor; None to keep each one's own.
+    """
+
+    dtype: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values (for the manifest and the fingerprint)."""
+        return asdict(self)
+
+
+def merge_options(*, dtype: str | None = None) -> MergeOptions:
+    """Check the values of `--to merged`.
+
+    Raises:
+        RequestError: a value is out of range; the message names the option.
+    """
+    if dtype is not None and dtype not in ADAPTER_DTYPES:
+        raise RequestError("--dtype is unknown", expected=" or ".join(ADAPTER_DTYPES), found=dtype)
+    return MergeOptions(dtype)
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """How the work is carried out; no byte of the result depends on these.
 

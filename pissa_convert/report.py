@@ -102,3 +102,30 @@ class LoraReport:
     def as_json(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The result of `convert` to a merged model.
+
+    Attributes:
+        dest: the finished folder.
+        tensors: weights that the adapter changed.
+        relative_error: largest ‖stored − (W + s·B·A)‖ / ‖W + s·B·A‖ over them: the rounding to their dtype.
+        warnings: what the user should look into.
+        resumed, complete_before, wall_seconds, timings, peak_memory: as in `Report`.
+    """
+
+    dest: Path
+    tensors: int
+    resumed: bool
+    complete_before: bool
+    wall_seconds: float
+    timings: Timings
+    relative_error: float
+    peak_memory: int | None
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}

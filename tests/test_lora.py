@@ -455,7 +455,7 @@ def test_verify_measures_every_module_and_finds_what_a_digest_does_not(pair: tup
     to_lora(pair, tmp_path / "out", rank=5)
     dest = tmp_path / "out"
     assert verify(dest).files == 4
-    found = verify(dest, pair[0], pair[1])
+    found = verify(dest, pair[0], init=pair[1])
     assert found.tensors == 2
     file = dest / "adapter_model.safetensors"
     data = bytearray(file.read_bytes())
@@ -466,9 +466,9 @@ def test_verify_measures_every_module_and_finds_what_a_digest_does_not(pair: tup
     to_lora(pair, dest, rank=5, overwrite=True)
     other = write(tmp_path / "other", tensors_of(moved(factors(4), seed=1)))
     with pytest.raises(DamageError) as caught:
-        verify(dest, other, pair[1])
+        verify(dest, other, init=pair[1])
     assert any("lora_B" in str(finding) for finding in caught.value.findings)
-    with pytest.raises(RequestError, match="two adapters"):
+    with pytest.raises(RequestError, match="two folders"):
         verify(dest, pair[0])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from pissa_convert.engine.files import PARTIAL, sync_folder
 from pissa_convert.engine.journal import JOURNAL_NAME, Journal
+from pissa_convert.engine.reading import check_file
 from pissa_convert.errors import RequestError
-from pissa_convert.formats.manifest import MANIFEST_NAME
+from pissa_convert.formats.manifest import MANIFEST_NAME, read_manifest
 
 
 class Work(Protocol):
@@ -96,6 +97,40 @@ def begin(plan: Work, journal: Journal, overwrite: bool) -> State:
     journal.append({"fingerprint": plan.fingerprint, "files": sorted(plan.output_sizes)}, durable=True)
     sync_folder(plan.dest)
     return State.FRESH
+
+
+def verify_complete(
+    dest: Path, head: Mapping[str, Any], sources: Mapping[str, Path], derived: Collection[str] = ()
+) -> Mapping[str, Mapping[str, Any]]:
+    """Check that a finished destination is what a plan would make, by the digests of every file on both sides.
+
+    Args:
+        head: what the plan says of the conversion as a whole.
+        sources: the files that it reads, by their names in the manifest.
+        derived: names of records there that are of no file.
+
+    Returns:
+        The manifest's entry of each weight or module.
+
+    Raises:
+        RequestError: it is not; the message names the first difference.
+    """
+    manifest = read_manifest(dest / MANIFEST_NAME)
+    fix = "choose a new folder, or replace this one with --overwrite"
+    for name, value in head.items():
+        if manifest.head[name] != json.loads(json.dumps(value)):
+            raise RequestError(
+                f"DEST holds a finished conversion with another {name}",
+                file=dest,
+                expected=json.dumps(manifest.head[name]),
+                found=json.dumps(value),
+                fix=fix,
+            )
+    read = [(sources.get(name, Path(name)), record) for name, record in manifest.source.items() if name not in derived]
+    for path, record in [*read, *((dest / name, record) for name, record in manifest.output.items())]:
+        for finding in check_file(path, record):
+            raise RequestError("a file differs from what DEST's manifest says", found=finding, fix=fix)
+    return manifest.tensors
 
 
 def _check_fingerprint(plan: Work, before: dict[str, Any]) -> None:

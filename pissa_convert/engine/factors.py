@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -48,6 +49,16 @@ class FactorFile:
             WeightError: it holds NaN or infinity.
         """
         return _finite(self.raw(tensor, 0, tensor.nbytes), tensor, self.path)
+
+    def rows(self, tensor: TensorInfo, top: int, bottom: int) -> Array:
+        """Some rows of a matrix in float64.
+
+        Raises:
+            WeightError: they hold NaN or infinity.
+        """
+        width = tensor.nbytes // tensor.shape[0]
+        part = replace(tensor, shape=(bottom - top, *tensor.shape[1:]))
+        return _finite(self.raw(tensor, top * width, bottom * width), part, self.path)
 
     def product(self, pair: Pair) -> Product:
         """s·B and A of a module."""

@@ -23,7 +23,6 @@ from pissa_convert.engine.factors import FactorFile, InitFactors
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
 from pissa_convert.engine.reading import hash_file
-from pissa_convert.engine.verify import verify_complete
 from pissa_convert.errors import ConversionError, RequestError, WeightError
 from pissa_convert.formats.adapter import WEIGHTS_NAME
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
@@ -33,6 +32,7 @@ from pissa_convert.memory import chunks, peak_resident_bytes
 from pissa_convert.options import ADAPTER_DTYPES
 from pissa_convert.report import LoraReport, Timings
 from pissa_convert.transforms.delta import (
+    UNRELATED,
     Array,
     Product,
     decompose,
@@ -45,10 +45,6 @@ from pissa_convert.transforms.delta import (
 ProgressCallback = Callable[[int, int, Timings], None]
 
 _T = TypeVar("_T")
-
-_UNRELATED = 0.5
-"""‖ΔW‖ / √(‖s′B′A′‖² + ‖sBA‖²) is 1 for two adapters that have nothing to do with one another, and a training that
-keeps what it began with stays far below this."""
 
 
 def run_lora(
@@ -78,7 +74,7 @@ def run_lora(
         state = destination.begin(plan, journal, overwrite)
         if state is State.COMPLETE:
             try:
-                entries = verify_complete(
+                entries = destination.verify_complete(
                     plan.dest, plan.head, plan.sources, [INIT_WEIGHTS] if plan.init.derivations else []
                 )
             finally:
@@ -268,7 +264,7 @@ def _warnings(plan: LoraPlan, norm: float, trained: float, init: float) -> tuple
     found = []
     if norm == 0:
         found.append("TRAINED is the initial adapter itself: nothing was trained, and the LoRA changes nothing")
-    elif init and norm > _UNRELATED * math.hypot(trained, init):
+    elif init and norm > UNRELATED * math.hypot(trained, init):
         found.append(
             f"TRAINED does not look like it began as {plan.init.file}: ‖ΔW‖ is {norm / init:.2f} of the initial "
             f"adapter's ‖s·B·A‖, which training hardly ever changes that much"

@@ -23,7 +23,6 @@ from pissa_convert.engine.journal import Journal
 from pissa_convert.engine.pipeline import run_pipeline
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
 from pissa_convert.engine.recovery import recover, reopen, side_digest
-from pissa_convert.engine.verify import verify_complete
 from pissa_convert.engine.work import ModelPlan, Shard, Transform
 from pissa_convert.engine.writer import Sink
 from pissa_convert.errors import ConversionError
@@ -110,7 +109,7 @@ def carry_out(
         state = destination.begin(plan, journal, overwrite)
         if state is State.COMPLETE:
             try:
-                tensors = verify_complete(plan.dest, plan.head, plan.sources)
+                tensors = destination.verify_complete(plan.dest, plan.head, plan.sources)
             finally:
                 journal.remove()
         else:

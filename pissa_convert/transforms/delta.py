@@ -18,6 +18,10 @@ from pissa_convert.errors import WeightError
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
+UNRELATED = 0.5
+"""‖ΔW‖ / √(‖s′B′A′‖² + ‖sBA‖²) is 1 for two adapters that have nothing to do with one another, and a training that
+keeps what it began with stays far below this."""
+
 
 @dataclass(frozen=True)
 class Product:
