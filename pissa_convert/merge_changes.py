@@ -46,7 +46,7 @@ def find_changes(checkpoint: Checkpoint, architecture: Architecture, adapter: Ad
     for name, key, change in _wanted(adapter):
         tensor = by_name.get(name)
         if tensor is None and name == HEAD and tied is not None:
-            head = _fitted(change, tied, Kind.TIED_HEAD, key, adapter)
+            head = _joined(head, _fitted(change, tied, Kind.TIED_HEAD, key, adapter))
             continue
         if tensor is None:
             raise RequestError(
@@ -57,10 +57,13 @@ def find_changes(checkpoint: Checkpoint, architecture: Architecture, adapter: Ad
                 fix="give the model that the adapter was trained on, or the original for a LoRA of --to lora",
             )
         change = _fitted(change, tensor, kind_of(tensor.name, tensor.shape, architecture), key, adapter)
-        if tensor.name in tensors:  # PEFT saves an embedding's factors together with the layer below them
-            change = replace(tensors[tensor.name], whole=change.whole)
-        tensors[tensor.name] = change
+        tensors[tensor.name] = _joined(tensors.get(tensor.name), change)
     return _with_head(tensors, head, tied, adapter)
+
+
+def _joined(factors: Change | None, change: Change) -> Change:
+    """PEFT saves the factors of an embedding or a head together with the layer below them: both hold."""
+    return change if factors is None else replace(factors, whole=change.whole)
 
 
 def _run_time_name(tensor: str, architecture: Architecture) -> str:
@@ -153,7 +156,9 @@ def _with_head(
 
 def _same(head: Change, embedding: Change | None, adapter: AdapterFolder) -> bool:
     """Whether both were saved whole, with the same bytes: PEFT's save_embedding_layers does so for a tied model."""
-    one, other = head.whole, embedding.whole if embedding is not None else None
+    if embedding is None or head.pair is not None or embedding.pair is not None:
+        return False
+    one, other = head.whole, embedding.whole
     if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with open(adapter.file.path, "rb") as file:

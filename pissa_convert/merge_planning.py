@@ -31,6 +31,9 @@ from pissa_convert.transforms.merge import MergeStats
 HEAD_FILE = "model-head.safetensors"
 """Where an output head goes that was tied and is so no longer."""
 
+_TWO_FILES = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+"""The same for a model of one file, beside which an index would not be looked at."""
+
 ADAPTER_PREFIX = "--adapter/"
 """What the adapter's files are called in the manifest."""
 
@@ -95,7 +98,7 @@ class MergePlan:
     @property
     def sources(self) -> dict[str, Path]:
         """Every file that decides the result, by its name in the manifest."""
-        model = {name: self.source / name for name in (*(shard.name for shard in self.shards), *self.auxiliary)}
+        model = {name: self.source / name for name in (*(shard.source_name for shard in self.shards), *self.auxiliary)}
         adapter = {f"{ADAPTER_PREFIX}{name}": self.adapter.root / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
         return model | adapter
 
@@ -254,7 +257,9 @@ def _shard_plan(shard: SafetensorsFile, changes: Changes, beside: HeadFile | Non
             slot = beside.slot if is_tied and beside is not None else None
             treatments[tensor.name] = Treatment(Target(new, change or Change()), head, slot)
     steps = merge_steps(shard, {place.name: place for place in places}, treatments)
-    return ShardPlan(shard, header, places[-1].end if places else len(header), tuple(steps))
+    alone = beside is not None and beside.name in _TWO_FILES
+    size = places[-1].end if places else len(header)
+    return ShardPlan(shard, header, size, tuple(steps), _TWO_FILES[0] if alone else None)
 
 
 def _head_file(checkpoint: Checkpoint, changes: Changes, dtype: str | None) -> HeadFile | None:
@@ -268,4 +273,5 @@ def _head_file(checkpoint: Checkpoint, changes: Changes, dtype: str | None) -> H
         )
     embedding = next(tensor for tensor in checkpoint.tensors if tensor.name == changes.tied_to)
     header, places = lay_out([(HEAD, _new_dtype(embedding, dtype), embedding.shape)], {"format": "pt"})
-    return HeadFile(HEAD_FILE, header, places[0].end, places[0])
+    name = HEAD_FILE if len(checkpoint.shards) > 1 else _TWO_FILES[1]
+    return HeadFile(name, header, places[0].end, places[0])

@@ -159,15 +159,22 @@ class ShardPlan:
         header: of the output: length and JSON.
         size: of the output in bytes.
         steps: in the order of both files.
+        renamed: the output's name where it is not the source's.
     """
 
     source: SafetensorsFile
     header: bytes
     size: int
     steps: tuple[Step, ...]
+    renamed: str | None = None
 
     @property
     def name(self) -> str:
+        """Of the output."""
+        return self.renamed or self.source.path.name
+
+    @property
+    def source_name(self) -> str:
         return self.source.path.name
 
 

@@ -92,6 +92,30 @@ def test_peft_and_a_plain_sum_by_numpy_agree_with_the_trained_weights(journey: J
         assert np.linalg.norm(plain - ours[name].double().numpy()) < 1e-7 * size
 
 
+def test_merged_folders_give_the_trained_logits_and_peft_s_weights(journey: Journey, tmp_path: Path) -> None:
+    convert(journey.trained, tmp_path / "lora", "lora", init=journey.split)
+    convert(journey.model, tmp_path / "a", "merged", adapter=tmp_path / "lora")
+    convert(journey.split, tmp_path / "b", "merged", adapter=journey.trained)
+    by_peft = PeftModel.from_pretrained(load(journey.split), journey.trained).merge_and_unload().state_dict()
+    for name in ("a", "b"):
+        assert difference(logits(load(tmp_path / name), journey.tokens), journey.wanted) < 1e-5
+        for tensor, values in load_all(tmp_path / name).items():
+            assert torch.linalg.vector_norm(values - by_peft[tensor]) <= 1e-6 * torch.linalg.vector_norm(values)
+    with pytest.raises(RequestError, match="made for the original model"):
+        convert(journey.split, tmp_path / "c", "merged", adapter=tmp_path / "lora")
+    with pytest.raises(RequestError, match="still holds what the adapter took out of it"):
+        convert(journey.model, tmp_path / "c", "merged", adapter=journey.trained)
+
+
+def test_the_classic_mistake_that_is_refused_is_noise(journey: Journey) -> None:
+    """What would come out: PEFT loads the trained adapter onto the original without a word."""
+    tokens = journey.tokens
+    wrong = PeftModel.from_pretrained(load(journey.model), journey.trained)
+    with torch.no_grad():
+        losses = [float(model(input_ids=tokens, labels=tokens).loss) for model in (wrong, load(journey.model))]
+    assert losses[0] > losses[1] + 1
+
+
 def test_the_adapter_folder_alone_is_enough(journey: Journey, tmp_path: Path) -> None:
     """And a copy of it elsewhere gives the same tensors: the model is never opened."""
     alone = Path(shutil.copytree(journey.split / "pissa_init", tmp_path / "alone"))

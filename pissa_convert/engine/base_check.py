@@ -25,13 +25,16 @@ from pissa_convert.init_planning import split_manifest
 from pissa_convert.merge_changes import pairs_of
 from pissa_convert.merge_planning import MergePlan
 from pissa_convert.planning import ADAPTER_FOLDER
-from pissa_convert.transforms.delta import UNRELATED, difference
+from pissa_convert.transforms.delta import UNRELATED, Array, Product, difference
 
 _SAMPLE = 8
 """Modules whose factors are compared."""
 
 _PROBES = 3
 """Weights that are read, the smallest ones."""
+
+_VALUES = 1 << 22
+"""Values that are read of each, at most."""
 
 _REPEATED = 0.5
 """‖W·Aᵀ − s·B·A·Aᵀ‖ / ‖s·B·A·Aᵀ‖ is 0 where s·B·A is a part of W that is still in W, 1 where it was taken out, and far
@@ -162,11 +165,10 @@ def _check_not_repeated(plan: MergePlan) -> None:
     with FactorFile(plan.adapter.file.path) as factors:
         for name in names:
             product = factors.product(pairs[name])
-            weight = _weight(*homes[name])
             if plan.changes.tensors[name].transposed:
-                weight = weight.T
-            gram = product.right @ product.right.T
-            expected = product.left @ gram
+                product = Product(product.right.T, product.left.T)
+            weight = _first_rows(*homes[name])
+            expected = product.left[: len(weight)] @ (product.right @ product.right.T)
             norm = float(np.linalg.norm(expected))
             if norm:
                 found.append(float(np.linalg.norm(weight @ product.right.T - expected)) / norm)
@@ -181,6 +183,8 @@ def _check_not_repeated(plan: MergePlan) -> None:
         )
 
 
-def _weight(path: Path, tensor: TensorInfo) -> np.ndarray:
+def _first_rows(path: Path, tensor: TensorInfo) -> Array:
+    """As many rows as make a good sample."""
+    rows = min(tensor.shape[0], max(1, _VALUES // tensor.shape[1]))
     with FactorFile(path) as shard:
-        return shard.values(tensor)
+        return shard.rows(tensor, 0, rows)

@@ -62,7 +62,7 @@ def compare_merged(
     Returns:
         What differs, and the measured relative error of each weight that was added to.
     """
-    records = manifest.source.get(shard.name), manifest.output.get(shard.name)
+    records = manifest.source.get(shard.source_name), manifest.output.get(shard.name)
     for path, size in ((shard.source.path, shard.source.size), (plan.dest / shard.name, shard.size)):
         found = path.stat().st_size if path.is_file() else "no file"
         if found != size:

@@ -65,12 +65,12 @@ def recover(plan: ModelPlan, entries: list[Entry], beside: PartialFile | None) -
         path = plan.dest / shard.name
         if shard.name in committed and _is_whole(shard, path, committed[shard.name], done, beside):
             output = committed[shard.name]
-            progress.sources[shard.name] = FileRecord(shard.source.size, output["source_sha256"])
+            progress.sources[shard.source_name] = FileRecord(shard.source.size, output["source_sha256"])
             progress.outputs[shard.name] = FileRecord(shard.size, output["sha256"])
             _keep(shard, len(shard.steps), done, progress)
             continue
         reopen(path)
-        work = _recover_prefix(shard, path, plan.fingerprint[f"source file {shard.name}"], done, beside)
+        work = _recover_prefix(shard, path, plan.fingerprint[f"source file {shard.source_name}"], done, beside)
         _keep(shard, work.steps_done, done, progress)
         remaining.append(work)
     return remaining, progress

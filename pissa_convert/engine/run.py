@@ -149,7 +149,7 @@ def _convert(
                 beside.sync()  # A and B of this shard must not be behind its residual
             file.commit()
             journal.append({"committed": name, "sha256": sha256, "source_sha256": source_sha256}, durable=True)
-            done.sources[name] = source
+            done.sources[shard.plan.source_name] = source
             done.outputs[name] = FileRecord(shard.plan.size, sha256)
             report_progress(len(shard.plan.source.header))
 

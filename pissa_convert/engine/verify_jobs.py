@@ -95,7 +95,7 @@ def _merged_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -
         for name, record in manifest.source.items():
             if name.startswith(ADAPTER_PREFIX):
                 yield partial(_check_file, origins.adapter / name.removeprefix(ADAPTER_PREFIX), record, seen)
-            elif name not in shards:
+            elif name not in {shard.source_name for shard in plan.shards}:
                 yield partial(_check_file, origins.source / name, record, seen)
         for shard in plan.shards:
             yield partial(compare_merged, plan, shard, manifest, seen)
