@@ -161,11 +161,13 @@ def _print_lora_report(report: LoraReport) -> None:
     if max(ranks) == report.exact_rank:
         why = ": s′·B′·A′ − s·B·A has the rank of both adapters together; --rank K makes it smaller"
     peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
+    moved = (
+        f"; training moved the adapter by {report.relative_change:.1e} of its norm" if report.relative_change else ""
+    )
     print(
         f"""finished {report.dest} in {report.wall_seconds:.1f} s: {len(ranks)} modules{peak}
 rank {shown}{why}
-within {report.relative_error:.1e} of ‖ΔW‖, at worst {report.modules[worst]["relative_error"]:.1e} in {worst}; \
-training changed the adapter by {report.relative_change:.1e} of its norm
+within {report.relative_error:.1e} of ‖ΔW‖, at worst {report.modules[worst]["relative_error"]:.1e} in {worst}{moved}
 load it with PEFT onto the original model""",
         file=sys.stderr,
     )

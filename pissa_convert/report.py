@@ -82,7 +82,7 @@ class LoraReport:
             ‖s′·B′·A′‖ (trained_norm) and ‖s·B·A‖ (init_norm).
         exact_rank: at which no module loses anything.
         relative_error: the same over all modules together.
-        relative_change: ‖ΔW‖ / ‖s·B·A‖ over all modules together: how far training went.
+        relative_change: ‖ΔW‖ / ‖s·B·A‖ over all modules together: how far training went; None from zero.
         warnings: what the user should look into.
         resumed, complete_before, wall_seconds, timings, peak_memory: as in `Report`.
     """
@@ -91,7 +91,7 @@ class LoraReport:
     modules: dict[str, dict[str, Any]]
     exact_rank: int
     relative_error: float
-    relative_change: float
+    relative_change: float | None
     warnings: tuple[str, ...]
     resumed: bool
     complete_before: bool

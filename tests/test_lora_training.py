@@ -167,6 +167,36 @@ def test_bfloat16_is_not_worse_than_peft_s_own_conversion(smol: Path, tmp_path: 
     assert errors["ours"] <= 1.05 * errors["theirs"]
 
 
+def test_cast_to_bfloat16_as_servers_do_it_is_far_closer_than_peft_s_own_conversion(
+    journey: Journey, tmp_path: Path
+) -> None:
+    init = Path(shutil.copytree(journey.split / "pissa_init", tmp_path / "init"))  # PEFT writes into it
+    convert(journey.trained, tmp_path / "ours", "lora", init=journey.split)
+    peft_conversion(PeftModel.from_pretrained(load(journey.split), journey.trained), init, tmp_path / "theirs")
+    errors = {}
+    for name in ("ours", "theirs"):
+        model = PeftModel.from_pretrained(load(journey.model), tmp_path / name)
+        for key, parameter in model.named_parameters():
+            if ".lora_" in key:
+                parameter.data = parameter.data.bfloat16().float()
+        errors[name] = float((logits(model, journey.tokens) - journey.wanted).norm() / journey.wanted.norm())
+    assert 5 * errors["ours"] < errors["theirs"]
+
+
+def test_ranks_of_their_own_load_with_peft_without_a_word(journey: Journey, tmp_path: Path) -> None:
+    report = convert(journey.trained, tmp_path / "lora", "lora", init=journey.split, rank="auto", tolerance=0.4)
+    ranks = {module: entry["rank"] for module, entry in report.modules.items()}
+    assert len(set(ranks.values())) > 1
+    model = with_adapter(load(journey.model), tmp_path / "lora")
+    changes = products(tmp_path / "lora")
+    for module, rank in ranks.items():
+        layer = model.get_submodule(f"base_model.model.{module}")
+        assert layer.r["default"] == rank
+        assert layer.scaling["default"] == 1
+        found = layer.get_delta_weight("default").detach().double().numpy()
+        assert np.linalg.norm(found - changes[module]) < 1e-6 * np.linalg.norm(found)
+
+
 @pytest.mark.parametrize(
     ("settings", "fails"),
     [({"modules_to_save": ["lm_head"]}, "at loading"), ({"bias": "lora_only"}, "at once")],

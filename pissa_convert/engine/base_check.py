@@ -30,6 +30,9 @@ from pissa_convert.transforms.delta import UNRELATED, Array, Product, difference
 _SAMPLE = 8
 """Modules whose factors are compared."""
 
+_QUICK = 2 << 30
+"""Bytes of a shard that may be read twice."""
+
 _PROBES = 3
 """Weights that are read, the smallest ones."""
 
@@ -73,7 +76,15 @@ def check_base(plan: MergePlan) -> MergePlan:
             f"only names and shapes were compared"
         )
         return replace(plan, warnings=(*plan.warnings, warning))
+    _check_smallest(plan, origin, sizes)
+    return replace(plan, recorded=origin.files)
+
+
+def _check_smallest(plan: MergePlan, origin: _Origin, sizes: Mapping[str, int]) -> None:
+    """Every shard is compared when it has been read; the smallest, where that is quick, before anything is written."""
     smallest = min(sizes, key=lambda name: (sizes[name], name))
+    if sizes[smallest] > _QUICK:
+        return
     found = hash_file(plan.source / smallest)
     if found != origin.files[smallest]:
         raise RequestError(
@@ -83,7 +94,6 @@ def check_base(plan: MergePlan) -> MergePlan:
             found=found.sha256,
             fix="give that model",
         )
-    return replace(plan, recorded=origin.files)
 
 
 def _origin(adapter: AdapterFolder) -> _Origin | None:

@@ -217,8 +217,7 @@ def _new_factors(plan: LoraPlan, given: _Input) -> tuple[ModuleResult, tuple[byt
         bias = () if given.bias is None else (rounded(given.bias, dtype)[0],)
     except WeightError as error:
         raise WeightError(f"{name}: {error.what}", found=error.found, fix=error.fix) from error
-    # Both differences are exact, so this is the norm of the rounding and not of a cancellation.
-    rounding = difference(Product(exact.left - left, exact.right), Product(left, right - exact.right)).norm
+    rounding = parts.rounding(exact, Product(left, right))
     norm = parts.tail(0)
     result = ModuleResult(
         rank=rank,
@@ -250,7 +249,7 @@ def _report(
         modules={name: dict(entry) for name, entry in entries.items()},
         exact_rank=max(module.exact_rank for module in plan.modules),
         relative_error=error / norm if norm else 0.0,
-        relative_change=norm / total("init_norm") if total("init_norm") else math.inf,
+        relative_change=norm / total("init_norm") if total("init_norm") else None,
         warnings=_warnings(plan, norm, total("trained_norm"), total("init_norm")),
         resumed=state is State.RESUMED,
         complete_before=state is State.COMPLETE,

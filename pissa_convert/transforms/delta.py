@@ -9,6 +9,7 @@ r′ + r they hold the same ΔW in numbers of its own size, and at a smaller ran
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ import numpy as np
 from pissa_convert.errors import WeightError
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+_NEARLY_ORTHONORMAL = 0.1
+"""‖QᵀQ − I‖ after one round of CholeskyQR, from which a second one reaches the rounding of float64."""
 
 UNRELATED = 0.5
 """‖ΔW‖ / √(‖s′B′A′‖² + ‖sBA‖²) is 1 for two adapters that have nothing to do with one another, and a training that
@@ -55,6 +59,19 @@ class Decomposition:
         """‖what lies beyond the leading `rank` directions‖."""
         return float(np.linalg.norm(self.singular_values[rank:]))
 
+    def rounding(self, exact: Product, stored: Product) -> float:
+        """‖B·A − what was stored of it‖, for `exact` factors that this has given.
+
+        To the first order in the rounding it is ‖dB·A + B·dA‖, and BᵀB = A·Aᵀ = diag(σ): no cancellation, no product
+        larger than k × k.
+        """
+        left, right = exact.left - stored.left, exact.right - stored.right
+        sigma = np.zeros(left.shape[1])
+        sigma[: len(self.singular_values)] = self.singular_values[: len(sigma)]
+        squares = sigma @ (np.einsum("ij,ij->j", left, left) + np.einsum("ij,ij->i", right, right))
+        both = np.vdot(left.T @ exact.left, exact.right @ right.T)
+        return float(np.sqrt(max(0.0, squares + 2 * both)))
+
     def factors(self, rank: int) -> Product:
         """B (out × rank) and A (rank × in) of the leading directions, σ shared out as √σ to both.
 
@@ -74,24 +91,43 @@ class Decomposition:
 
 def exact_norm(product: Product) -> float:
     """‖left·right‖ to the rounding of float64 even where the terms of the product all but cancel (by QR, not Gram)."""
-    left: Any = np.linalg.qr(product.left, mode="r")  # numpy's types have it return Q too
-    right: Any = np.linalg.qr(product.right.T, mode="r")
-    return float(np.linalg.norm(left @ right.T))
+    return float(np.linalg.norm(_orthonormal(product.left)[1] @ _orthonormal(product.right.T)[1].T))
 
 
 def decompose(product: Product) -> Decomposition:
     """The SVD of a product: QR of both factors, then an SVD no larger than k × k."""
-    left_basis, left_small = np.linalg.qr(product.left)
-    right_basis, right_small = np.linalg.qr(product.right.T)
+    left_basis, left_small = _orthonormal(product.left)
+    right_basis, right_small = _orthonormal(product.right.T)
     left, values, right = np.linalg.svd(left_small @ right_small.T, full_matrices=False)
     return Decomposition(left_basis, left, _without_noise(values, left_small, right_small), right, right_basis.T)
 
 
 def singular_values(product: Product) -> Array:
     """Those of a product alone, for choosing a rank before there is a place for the factors."""
-    left: Any = np.linalg.qr(product.left, mode="r")  # numpy's types have it return Q too
-    right: Any = np.linalg.qr(product.right.T, mode="r")
+    left, right = _orthonormal(product.left)[1], _orthonormal(product.right.T)[1]
     return _without_noise(np.linalg.svd(left @ right.T, full_matrices=False, compute_uv=False), left, right)
+
+
+def _orthonormal(matrix: Array) -> tuple[Array, Array]:
+    """Q with orthonormal columns and R with matrix = Q·R.
+
+    CholeskyQR2 (Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015), which is all matrix products; Householder's QR where
+    the columns are too nearly dependent for it, as those of a module are that training left as it was.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        with suppress(np.linalg.LinAlgError):
+            basis, outer = _cholesky_qr(matrix)
+            gram = basis.T @ basis
+            if np.linalg.norm(gram - np.eye(len(gram))) < _NEARLY_ORTHONORMAL:
+                basis, inner = _cholesky_qr(basis, gram)
+                return basis, inner @ outer
+    basis, small = np.linalg.qr(matrix)
+    return basis, small
+
+
+def _cholesky_qr(matrix: Array, gram: Array | None = None) -> tuple[Array, Array]:
+    upper = np.linalg.cholesky(matrix.T @ matrix if gram is None else gram).T
+    return matrix @ np.linalg.inv(upper), upper
 
 
 def _without_noise(values: Array, left: Array, right: Array) -> Array:
