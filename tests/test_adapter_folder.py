@@ -74,7 +74,7 @@ def check(adapter: AdapterFolder) -> str:
 
 
 def test_mutated_configurations_and_headers_are_read_or_refused(tmp_path: Path) -> None:
-    trial(write(tmp_path / "a", tensors_of(factors(4))), 2000, seed=0)
+    trial(write(tmp_path / "a", tensors_of(factors(4))), 800, seed=0)
 
 
 @pytest.mark.long
