@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from pissa_convert.api import Split, convert, plan, split, verify
     from pissa_convert.engine.verify import Verification
     from pissa_convert.errors import PissaError
-    from pissa_convert.lora_planning import LoraPlan
-    from pissa_convert.merge_planning import MergePlan
+    from pissa_convert.lora_plan import LoraPlan
+    from pissa_convert.merge_plan import MergePlan
     from pissa_convert.planning import Plan
     from pissa_convert.report import LoraReport, MergeReport, Report
 
 _HOMES = {
-    "LoraPlan": "lora_planning",
+    "LoraPlan": "lora_plan",
     "LoraReport": "report",
-    "MergePlan": "merge_planning",
+    "MergePlan": "merge_plan",
     "MergeReport": "report",
     "PissaError": "errors",
     "Plan": "planning",

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from pissa_convert.engine import verify as verification
-from pissa_convert.engine.base_check import check_base
 from pissa_convert.engine.lora import run_lora
 from pissa_convert.engine.merge import run_merge
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
-from pissa_convert.errors import RequestError
-from pissa_convert.formats.adapter_folder import open_adapter
-from pissa_convert.init_planning import derived_init, stored_init
-from pissa_convert.linalg import Backend
 from pissa_convert.linalg.native import NativeBackend, usable_cpus
-from pissa_convert.lora_planning import LoraPlan, plan_lora
+from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.matrix import Split, split
-from pissa_convert.merge_planning import MergePlan, plan_merge
-from pissa_convert.options import RunOptions, lora_options, merge_options, split_options
-from pissa_convert.planning import Plan, make_plan
+from pissa_convert.merge_plan import MergePlan
+from pissa_convert.options import RunOptions
+from pissa_convert.planning import Plan
 from pissa_convert.report import LoraReport, MergeReport, Report
+from pissa_convert.requests import plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
 
@@ -82,7 +76,7 @@ def plan(
         RequestError: the request is wrong in itself or does not fit the files; FormatError (a RequestError): a file
             is malformed.
     """
-    return _plan(source, dest, to, options, RunOptions(threads, max_memory), NativeBackend(threads))
+    return plan_request(source, dest, to, options, RunOptions(threads, max_memory), NativeBackend(threads))
 
 
 @overload
@@ -182,62 +176,12 @@ def convert(
         ConversionError: reading or writing failed; the same call continues.
     """
     backend = NativeBackend(threads)
-    work = _plan(source, dest, to, options, RunOptions(threads, max_memory), backend)
+    work = plan_request(source, dest, to, options, RunOptions(threads, max_memory), backend)
     if isinstance(work, LoraPlan):
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):
         return run_merge(work, overwrite=overwrite, progress=progress)
     return run(work, backend, overwrite=overwrite, progress=progress)
-
-
-def _plan(
-    source: _Path, dest: _Path, to: str, options: dict[str, Any], run_options: RunOptions, backend: Backend
-) -> Plan | LoraPlan | MergePlan:
-    if to == "pissa":
-        _check_options(to, options, split_options)
-        return make_plan(source, dest, to, split_options(**options), run_options, backend)
-    if to == "lora":
-        _check_options(to, options, lora_options, _INIT)
-        return _plan_lora(Path(source), dest, options, run_options, backend)
-    if to == "merged":
-        _check_options(to, options, merge_options, ("adapter",))
-        adapter = options.pop("adapter", None)
-        if adapter is None:
-            raise RequestError("--to merged needs what to add to the model", fix="give --adapter")
-        chosen = merge_options(**options)
-        return check_base(plan_merge(source, adapter, dest, chosen, run_options, backend.threads))
-    raise RequestError("--to is unknown", expected="pissa, lora or merged", found=to)
-
-
-_INIT = ("init", "base", "seed", "passes", "adapter_dtype")
-
-
-def _check_options(to: str, options: Mapping[str, Any], takes: Callable[..., Any], more: tuple[str, ...] = ()) -> None:
-    for name in options:
-        if name not in (*inspect.signature(takes).parameters, *more):
-            raise RequestError(f"--{name.replace('_', '-')} does not apply to --to {to}")
-
-
-def _plan_lora(
-    source: Path, dest: _Path, options: dict[str, Any], run_options: RunOptions, backend: Backend
-) -> LoraPlan:
-    origin = {name: options.pop(name) for name in _INIT if options.get(name) is not None}
-    chosen = lora_options(**{name: value for name, value in options.items() if name not in _INIT})
-    trained = open_adapter(source, "SOURCE")
-    kept, base = (Path(origin.pop(name)) if name in origin else None for name in ("init", "base"))
-    if base is not None:
-        init = derived_init(base, trained, kept, origin)
-    elif kept is None:
-        fix = "give --init, or --base with the original model to derive it again"
-        raise RequestError("--to lora needs the adapter as it was before training", fix=fix)
-    elif origin:
-        raise RequestError(f"--{next(iter(origin)).replace('_', '-')} goes with --base")
-    else:
-        init = stored_init(kept)
-    workspace = max(
-        (backend.workspace_bytes(split.spec) + split.tensor.nbytes for split in init.derivations.values()), default=0
-    )
-    return plan_lora(trained, init, dest, chosen, run_options, backend.threads, workspace)
 
 
 def verify(

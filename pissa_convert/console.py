@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from pissa_convert.engine.verify import Verification
-    from pissa_convert.lora_planning import LoraPlan
-    from pissa_convert.merge_planning import MergePlan
+    from pissa_convert.lora_plan import LoraPlan
+    from pissa_convert.merge_plan import MergePlan
     from pissa_convert.planning import Plan
     from pissa_convert.report import Timings
 
@@ -47,8 +47,8 @@ def _amount(nbytes: float) -> str:
 
 def print_plan(plan: Plan | LoraPlan | MergePlan) -> None:
     """The plan on stdout: it is what was asked for, so it can be piped."""
-    from pissa_convert.lora_planning import LoraPlan
-    from pissa_convert.merge_planning import MergePlan
+    from pissa_convert.lora_plan import LoraPlan
+    from pissa_convert.merge_plan import MergePlan
 
     if isinstance(plan, LoraPlan):
         _print_lora_plan(plan)
@@ -77,7 +77,7 @@ memory     {plan.memory.peak} bytes at peak, {plan.in_flight} modules at once"""
 
 
 def _print_merge_plan(plan: MergePlan) -> None:
-    from pissa_convert.merge_planning import describe, shard_tensors
+    from pissa_convert.merge_plan import describe, shard_tensors
 
     tensors = [tensor for shard in plan.shards for tensor in shard.source.tensors]
     places = [place for shard in plan.shards for place in shard_tensors(shard.source, plan.options.dtype)[1]]

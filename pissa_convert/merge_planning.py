@@ -3,208 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from pissa_convert import __version__
 from pissa_convert.architectures import read_architecture
 from pissa_convert.errors import RequestError
-from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME
-from pissa_convert.formats.adapter_folder import AdapterFolder, open_adapter
-from pissa_convert.formats.checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
-from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Fixed, render_manifest
-from pissa_convert.formats.merged_texts import merged_card, merged_config, merged_index
-from pissa_convert.formats.model_card import CARD_NAME
-from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo, lay_out
-from pissa_convert.memory import MemoryPlan, plan_memory
+from pissa_convert.formats.adapter_folder import open_adapter
+from pissa_convert.formats.checkpoint import Checkpoint, open_checkpoint
+from pissa_convert.formats.safetensors import SafetensorsFile, lay_out
+from pissa_convert.memory import plan_memory
 from pissa_convert.merge_changes import HEAD, Changes, find_changes
-from pissa_convert.merge_steps import Change, Merge, Target, Treatment, merge_steps
-from pissa_convert.options import ADAPTER_DTYPES, MergeOptions, RunOptions
-from pissa_convert.planning import ADAPTER_FOLDER, check_destination
+from pissa_convert.merge_plan import HEAD_FILE, TWO_FILES, HeadFile, MergePlan, new_dtype, shard_tensors
+from pissa_convert.merge_steps import Change, Target, Treatment, merge_steps
+from pissa_convert.options import MergeOptions, RunOptions
+from pissa_convert.planning import check_destination
 from pissa_convert.steps import ShardPlan, flights
-from pissa_convert.targets import SPLITTABLE, refuse_quantised
-from pissa_convert.transforms.merge import MergeStats
+from pissa_convert.targets import refuse_quantised
 
-HEAD_FILE = "model-head.safetensors"
-"""Where an output head goes that was tied and is so no longer."""
-
-_TWO_FILES = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-"""The same for a model of one file, beside which an index would not be looked at."""
-
-ADAPTER_PREFIX = "--adapter/"
-"""What the adapter's files are called in the manifest."""
-
-_SCRATCH = 16 << 20
+_SCRATCH = 8 << 20
 """Bytes of float32 arrays that a lane works with."""
-
-
-@dataclass(frozen=True)
-class HeadFile:
-    """The shard of a head of its own."""
-
-    name: str
-    header: bytes
-    size: int
-    slot: TensorInfo
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """What `convert(to="merged")` would do.
-
-    Attributes:
-        source, dest: absolute paths.
-        adapter: what is merged.
-        changes: what it does to each tensor.
-        shards: the output shards in order.
-        beside: the shard of an output head that was tied, where it is no longer.
-        recorded: what source shards must be, as far as the adapter's provenance tells.
-        warnings: what the user should look into.
-    """
-
-    source: Path
-    dest: Path
-    options: MergeOptions
-    checkpoint: Checkpoint
-    adapter: AdapterFolder
-    changes: Changes
-    shards: tuple[ShardPlan, ...]
-    beside: HeadFile | None
-    memory: MemoryPlan
-    recorded: Mapping[str, FileRecord]
-    warnings: tuple[str, ...] = ()
-    to: str = "merged"
-
-    @property
-    def head(self) -> dict[str, Any]:
-        """What the manifest says of the conversion as a whole."""
-        return {
-            "tool": "pissa-convert",
-            "version": __version__,
-            "to": self.to,
-            "backend": "numpy",
-            "options": self.options.as_json(),
-        }
-
-    @property
-    def auxiliary(self) -> list[str]:
-        """The model's files beside its weights; those of a split (its manifest and adapter) end here."""
-        names = self.checkpoint.auxiliary
-        return [name for name in names if name != MANIFEST_NAME and not name.startswith(f"{ADAPTER_FOLDER}/")]
-
-    @property
-    def sources(self) -> dict[str, Path]:
-        """Every file that decides the result, by its name in the manifest."""
-        model = {name: self.source / name for name in (*(shard.source_name for shard in self.shards), *self.auxiliary)}
-        adapter = {f"{ADAPTER_PREFIX}{name}": self.adapter.root / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
-        return model | adapter
-
-    @cached_property
-    def texts(self) -> dict[str, bytes]:
-        """The model card."""
-        original = (self.source / CARD_NAME).read_bytes() if CARD_NAME in self.auxiliary else None
-        return {CARD_NAME: merged_card(original, len(self.changes.tensors), self.options.dtype, __version__)}
-
-    @cached_property
-    def last_texts(self) -> dict[str, bytes]:
-        """The index and config.json where they change."""
-        texts = {}
-        untied = self.beside is not None
-        if untied or (self.options.dtype is not None and self.checkpoint.index is not None):
-            old = (self.source / INDEX_NAME).read_bytes() if self.checkpoint.index else None
-            texts[INDEX_NAME] = merged_index(old, self._placed)
-        if "config.json" in self.auxiliary and (untied or self.options.dtype is not None):
-            text = (self.source / "config.json").read_bytes()
-            texts["config.json"] = merged_config(text, self.options.dtype, untied)
-        return texts
-
-    @property
-    def _placed(self) -> dict[str, list[tuple[str, int]]]:
-        """Name and bytes of each tensor, by file."""
-        placed = {
-            shard.name: [(tensor.name, tensor.nbytes) for tensor in shard_tensors(shard.source, self.options.dtype)[1]]
-            for shard in self.shards
-        }
-        return placed | ({self.beside.name: [(HEAD, self.beside.slot.nbytes)]} if self.beside else {})
-
-    @property
-    def copies(self) -> list[str]:
-        """Auxiliary files that are copied, in the order of their commits: what makes the folder load comes last."""
-        last = [self.checkpoint.index, "config.json"]
-        names = [name for name in self.auxiliary if name not in {**self.texts, **self.last_texts}]
-        return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
-
-    @cached_property
-    def output_sizes(self) -> dict[str, int]:
-        """Exact size in bytes of every file of the result."""
-        sizes = {shard.name: shard.size for shard in self.shards}
-        if self.beside is not None:
-            sizes[self.beside.name] = self.beside.size
-        sizes |= {name: len(text) for name, text in {**self.texts, **self.last_texts}.items()}
-        sizes |= {name: self.sources[name].stat().st_size for name in self.copies}
-        blank = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
-        sources = {name: FileRecord(path.stat().st_size, "0" * 64) for name, path in self.sources.items()}
-        stats = {step.key: MergeStats() for step in self.merges}
-        return sizes | {MANIFEST_NAME: len(self.manifest(sources, blank, stats))}
-
-    @property
-    def merges(self) -> Iterator[Merge]:
-        """All steps that change something."""
-        return (step for shard in self.shards for step in shard.steps if isinstance(step, Merge))
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be unchanged for a partial result to be continued."""
-        identities = {f"source file {name}": _identity(path) for name, path in self.sources.items()}
-        options = {f"--{name}": value for name, value in self.options.as_json().items()}
-        return {name: value for name, value in self.head.items() if name != "options"} | options | identities
-
-    def manifest(
-        self, source: Mapping[str, FileRecord], output: Mapping[str, FileRecord], stats: Mapping[str, MergeStats]
-    ) -> bytes:
-        """The text of `pissa_convert.json`; the engine supplies what only the work can tell."""
-        homes = {tensor.name: shard.name for shard in self.shards for tensor in shard.source.tensors}
-        sums = dict.fromkeys(self.changes.tensors, MergeStats())
-        for step in self.merges:
-            if step.tensor in sums:
-                sums[step.tensor] += stats[step.key]
-        tensors = {
-            name: {
-                "file": homes[name],
-                "change": describe(self.changes.tensors[name]),
-                "relative_error": Fixed((total.error / total.norm) ** 0.5 if total.norm else 0.0),
-            }
-            for name, total in sums.items()
-        }
-        return render_manifest(self.head, source, output, tensors)
-
-
-def describe(change: Change) -> str:
-    """A change in a few words."""
-    if change.whole is not None:
-        return "replaced by the adapter's"
-    if change.pair is None:
-        return "as it was"
-    return "bias added" if change.is_bias else f"s·B·A of rank {change.pair.rank} added"
-
-
-def _identity(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def shard_tensors(shard: SafetensorsFile, dtype: str | None) -> tuple[bytes, tuple[TensorInfo, ...]]:
-    """The header of a merged shard and its tensors' places; the source's own where no dtype changes."""
-    if all(_new_dtype(tensor, dtype) == tensor.dtype for tensor in shard.tensors):
-        return shard.header, shard.tensors
-    return lay_out(((t.name, _new_dtype(t, dtype), t.shape) for t in shard.tensors), shard.metadata)
-
-
-def _new_dtype(tensor: TensorInfo, dtype: str | None) -> str:
-    return ADAPTER_DTYPES[dtype] if dtype is not None and tensor.dtype in SPLITTABLE else tensor.dtype
 
 
 def plan_merge(
@@ -231,7 +48,7 @@ def plan_merge(
     beside = _head_file(checkpoint, changes, options.dtype)
     shards = tuple(_shard_plan(shard, changes, beside, options.dtype) for shard in checkpoint.shards)
     # Each lane holds both factors, in float64 while they are read.
-    factors = max((3 * 8 * pair.rank * (pair.size_in + pair.size_out) for pair in folder.pairs.values()), default=0)
+    factors = max((2 * 8 * pair.rank * (pair.size_in + pair.size_out) for pair in folder.pairs.values()), default=0)
     return MergePlan(
         source=root,
         dest=target,
@@ -250,16 +67,16 @@ def _shard_plan(shard: SafetensorsFile, changes: Changes, beside: HeadFile | Non
     header, places = shard_tensors(shard, dtype)
     treatments = {}
     for tensor in shard.tensors:
-        change, new = changes.tensors.get(tensor.name), _new_dtype(tensor, dtype)
+        change, new = changes.tensors.get(tensor.name), new_dtype(tensor, dtype)
         is_tied = beside is not None and tensor.name == changes.tied_to
         if tensor.nbytes and (change is not None or is_tied or new != tensor.dtype):
             head = Target(new, changes.head) if is_tied and changes.head is not None else None
             slot = beside.slot if is_tied and beside is not None else None
             treatments[tensor.name] = Treatment(Target(new, change or Change()), head, slot)
     steps = merge_steps(shard, {place.name: place for place in places}, treatments)
-    alone = beside is not None and beside.name in _TWO_FILES
+    alone = beside is not None and beside.name in TWO_FILES
     size = places[-1].end if places else len(header)
-    return ShardPlan(shard, header, size, tuple(steps), _TWO_FILES[0] if alone else None)
+    return ShardPlan(shard, header, size, tuple(steps), TWO_FILES[0] if alone else None)
 
 
 def _head_file(checkpoint: Checkpoint, changes: Changes, dtype: str | None) -> HeadFile | None:
@@ -272,6 +89,6 @@ def _head_file(checkpoint: Checkpoint, changes: Changes, dtype: str | None) -> H
             fix="untie and save that model first",
         )
     embedding = next(tensor for tensor in checkpoint.tensors if tensor.name == changes.tied_to)
-    header, places = lay_out([(HEAD, _new_dtype(embedding, dtype), embedding.shape)], {"format": "pt"})
-    name = HEAD_FILE if len(checkpoint.shards) > 1 else _TWO_FILES[1]
+    header, places = lay_out([(HEAD, new_dtype(embedding, dtype), embedding.shape)], {"format": "pt"})
+    name = HEAD_FILE if len(checkpoint.shards) > 1 else TWO_FILES[1]
     return HeadFile(name, header, places[0].end, places[0])

@@ -428,13 +428,13 @@ KILLED = """
 import os, sys
 from pissa_convert.engine import lora
 done = 0
-def dying(plan, given, work=lora._new_factors):
+def dying(plan, given, work=lora.new_factors):
     global done
     done += 1
     if done == 2:
         os._exit(9)
     return work(plan, given)
-lora._new_factors = dying
+lora.new_factors = dying
 from pissa_convert import convert
 convert(sys.argv[1], sys.argv[3], "lora", init=sys.argv[2], threads=1)
 """

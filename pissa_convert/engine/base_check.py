@@ -23,7 +23,7 @@ from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, 
 from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.init_planning import split_manifest
 from pissa_convert.merge_changes import pairs_of
-from pissa_convert.merge_planning import MergePlan
+from pissa_convert.merge_plan import MergePlan
 from pissa_convert.planning import ADAPTER_FOLDER
 from pissa_convert.transforms.delta import UNRELATED, Array, Product, difference
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -23,24 +23,16 @@ from pissa_convert.engine.factors import FactorFile, InitFactors
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
 from pissa_convert.engine.reading import hash_file
-from pissa_convert.errors import ConversionError, RequestError, WeightError
+from pissa_convert.errors import ConversionError, RequestError
 from pissa_convert.formats.adapter import WEIGHTS_NAME
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
 from pissa_convert.linalg import Backend
-from pissa_convert.lora_planning import INIT_WEIGHTS, LoraPlan, Module, ModuleResult, choose_ranks, lora_manifest
+from pissa_convert.lora_plan import INIT_WEIGHTS, LoraPlan, Module, ModuleResult, lora_manifest
+from pissa_convert.lora_planning import choose_ranks
 from pissa_convert.memory import chunks, peak_resident_bytes
-from pissa_convert.options import ADAPTER_DTYPES
 from pissa_convert.report import LoraReport, Timings
-from pissa_convert.transforms.delta import (
-    UNRELATED,
-    Array,
-    Product,
-    decompose,
-    difference,
-    rounded,
-    singular_values,
-    smallest_rank,
-)
+from pissa_convert.transforms.delta import UNRELATED
+from pissa_convert.transforms.lora import ModuleInput, new_factors, wanted_rank
 
 ProgressCallback = Callable[[int, int, Timings], None]
 
@@ -106,7 +98,7 @@ def _convert(
     progress: ProgressCallback | None,
 ) -> dict[str, ModuleResult]:
     if plan.options.rank == "auto":
-        wanted = dict(_in_order(plan, _wanted_rank, backend, timings))
+        wanted = dict(_in_order(plan, wanted_rank, backend, timings))
         plan = replace(plan, ranks=choose_ranks(plan.modules, wanted, plan.options))
     results: dict[str, ModuleResult] = {}
     digest = hashlib.sha256()
@@ -122,7 +114,7 @@ def _convert(
                 progress(begin + len(data), plan.size, timings)
 
         write(plan.header, 0)
-        for name, (result, stored) in _in_order(plan, _new_factors, backend, timings, sources):
+        for name, (result, stored) in _in_order(plan, new_factors, backend, timings, sources):
             results[name] = result
             for slot, data in zip(plan.slots[name], stored, strict=True):
                 write(data, slot.begin)
@@ -140,17 +132,7 @@ def _convert(
     return results
 
 
-@dataclass(frozen=True)
-class _Input:
-    """A module's values: both products, and s′·b′ − s·b where B has a bias."""
-
-    module: Module
-    after: Product
-    before: Product
-    bias: Array | None
-
-
-_Work = Callable[[LoraPlan, _Input], _T]
+_Work = Callable[[LoraPlan, ModuleInput], _T]
 
 
 def _in_order(
@@ -191,42 +173,14 @@ def _in_order(
             sources[INIT_WEIGHTS] = init.record()
 
 
-def _read(module: Module, trained: FactorFile, init: InitFactors) -> _Input:
+def _read(module: Module, trained: FactorFile, init: InitFactors) -> ModuleInput:
     has_bias = module.trained.bias is not None
-    return _Input(
+    return ModuleInput(
         module,
         trained.product(module.trained),
         init.product(module.init),
         trained.bias(module.trained) - init.bias(module.init) if has_bias else None,
     )
-
-
-def _wanted_rank(plan: LoraPlan, given: _Input) -> int:
-    assert plan.options.tolerance is not None
-    return smallest_rank(singular_values(difference(given.after, given.before)), plan.options.tolerance)
-
-
-def _new_factors(plan: LoraPlan, given: _Input) -> tuple[ModuleResult, tuple[bytes, ...]]:
-    """What is known of a module's new factors, and the bytes of A, B and the bias."""
-    name, dtype = given.module.name, ADAPTER_DTYPES[plan.options.dtype]
-    rank = plan.ranks[name]
-    parts = decompose(difference(given.after, given.before))
-    exact = parts.factors(rank)
-    try:
-        (a, right), (b, left) = rounded(exact.right, dtype), rounded(exact.left, dtype)
-        bias = () if given.bias is None else (rounded(given.bias, dtype)[0],)
-    except WeightError as error:
-        raise WeightError(f"{name}: {error.what}", found=error.found, fix=error.fix) from error
-    rounding = parts.rounding(exact, Product(left, right))
-    norm = parts.tail(0)
-    result = ModuleResult(
-        rank=rank,
-        relative_error=math.hypot(parts.tail(rank), rounding) / norm if norm else 0.0,
-        norm=norm,
-        trained_norm=given.after.norm,
-        init_norm=given.before.norm,
-    )
-    return result, (a, b, *bias)
 
 
 def _check_unchanged(plan: LoraPlan, sources: Mapping[str, FileRecord]) -> None:

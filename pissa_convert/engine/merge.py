@@ -14,7 +14,7 @@ from pissa_convert.engine.run import ProgressCallback, carry_out
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.memory import peak_resident_bytes
-from pissa_convert.merge_planning import MergePlan
+from pissa_convert.merge_plan import MergePlan
 from pissa_convert.merge_steps import Merge, Target
 from pissa_convert.report import MergeReport
 from pissa_convert.transforms.merge import WIDTHS, Addition, Array, MergeStats, merge_rows

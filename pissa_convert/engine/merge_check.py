@@ -16,7 +16,7 @@ from pissa_convert.engine.reading import digest_findings, open_to_read, read_exa
 from pissa_convert.errors import FormatError, PissaError
 from pissa_convert.formats.manifest import FileRecord, Manifest
 from pissa_convert.memory import chunks
-from pissa_convert.merge_planning import MergePlan
+from pissa_convert.merge_plan import MergePlan
 from pissa_convert.merge_steps import Merge
 from pissa_convert.steps import Copy, ShardPlan
 from pissa_convert.transforms.check import same_bytes, widened

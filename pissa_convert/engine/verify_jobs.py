@@ -17,7 +17,8 @@ from pissa_convert.formats.checkpoint import check_inside
 from pissa_convert.formats.manifest import FileRecord, Manifest
 from pissa_convert.formats.model_card import CARD_NAME
 from pissa_convert.init_planning import stored_init
-from pissa_convert.merge_planning import ADAPTER_PREFIX, plan_merge
+from pissa_convert.merge_plan import ADAPTER_PREFIX
+from pissa_convert.merge_planning import plan_merge
 from pissa_convert.options import RunOptions, merge_options
 from pissa_convert.planning import ADAPTER_FOLDER
 

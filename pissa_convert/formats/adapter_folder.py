@@ -5,7 +5,6 @@ The names, and what the configuration means for a module's scaling, are PEFT's (
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,26 +14,12 @@ from typing import Any
 from pissa_convert.errors import FormatError, RequestError
 from pissa_convert.formats.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from pissa_convert.formats.checkpoint import check_inside
+from pissa_convert.formats.lora_settings import REFUSED, LoraSettings, read_settings
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo, read_header
 from pissa_convert.formats.strict_json import read_object
 
 _MAX_CONFIG = 16_000_000
 _FLOATING = ("F32", "F16", "BF16")
-
-_REFUSED = {
-    "use_dora": "DoRA scales each weight's columns, which no LoRA of another base can say",
-    "use_qalora": "QA-LoRA pools the inputs of its factors",
-    "use_bdlora": "BD-LoRA's factors are block-diagonal",
-    "velora_config": "VeLoRA projects the inputs of its factors",
-    "kasa_config": "KaSA's adapter is not B·A alone",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "arrow_config": "Arrow routes between adapters",
-    "alora_invocation_tokens": "aLoRA applies only after its invocation tokens",
-    "layer_replication": "the adapter makes a model with more layers",
-    "megatron_config": "the factors of a Megatron model are sharded",
-    "target_parameters": "factors of 3-D parameters (fused experts) are not supported",
-}
-"""Settings of a LoRA configuration that make the adapter more than s·B·A on whole modules."""
 
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of a name that torch's wrappers (compile, FSDP, activation checkpointing) put in, anywhere."""
@@ -119,7 +104,7 @@ def open_adapter(root: Path, role: str) -> AdapterFolder:
     """
     _check_files(root, role)
     config = read_object(root / CONFIG_NAME, _MAX_CONFIG, "the adapter's configuration")
-    settings = _settings(config, root / CONFIG_NAME)
+    settings = read_settings(config, root / CONFIG_NAME)
     file = read_header(root / WEIGHTS_NAME)
     modules, carried = _sort_tensors(file)
     if not modules:
@@ -146,66 +131,6 @@ def _check_files(root: Path, role: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What the configuration says of ranks and scalings."""
-
-    rank: int
-    alpha: float
-    rslora: bool
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-
-    def rank_of(self, module: str) -> int:
-        return int(_by_pattern(self.ranks, module, self.rank))
-
-    def scaling_of(self, module: str) -> float:
-        rank, alpha = self.rank_of(module), float(_by_pattern(self.alphas, module, self.alpha))
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value whose pattern is the first to match the module's name or its ending, as PEFT matches."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return patterns.get(module, default)
-
-
-def _settings(config: Mapping[str, Any], path: Path) -> _Settings:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise RequestError("the adapter is no LoRA", file=path, expected="peft_type LORA", found=kind)
-    for name, reason in _REFUSED.items():
-        if config.get(name):
-            raise RequestError(f"{name} is set: {reason}", file=path, fix="such an adapter cannot be converted")
-    rank, alpha, rslora = config.get("r", 8), config.get("lora_alpha", 8), config.get("use_rslora", False)
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    for name, value, fits in (
-        ("r", rank, _is_rank(rank)),
-        ("lora_alpha", alpha, _is_alpha(alpha)),
-        ("use_rslora", rslora, isinstance(rslora, bool)),
-        ("rank_pattern", ranks, isinstance(ranks, dict) and all(map(_is_rank, ranks.values()))),
-        ("alpha_pattern", alphas, isinstance(alphas, dict) and all(map(_is_alpha, alphas.values()))),
-    ):
-        if not fits:
-            raise FormatError(f"{name} is malformed", file=path, found=str(value)[:80])
-    for pattern in (*ranks, *alphas):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise FormatError(f"a pattern is no regular expression: {error}", file=path, found=pattern[:80]) from error
-    return _Settings(rank, float(alpha), rslora, ranks, {key: float(value) for key, value in alphas.items()})
-
-
-def _is_rank(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def _is_alpha(value: object) -> bool:
-    return type(value) in (int, float) and 0 < float(value) < math.inf  # type: ignore[arg-type]
-
-
 def plain_key(key: str) -> str:
     """PEFT's own key for a tensor, whatever the model was wrapped in when it was saved."""
     key = _WRAPPERS.sub("", key).removeprefix("module.")  # the latter is DistributedDataParallel's
@@ -224,7 +149,7 @@ def _sort_tensors(file: SafetensorsFile) -> tuple[dict[str, dict[str, TensorInfo
             parts = modules.setdefault(match["module"], {})
             part = f"{match['side']}.bias" if match["leaf"] == "bias" else match["side"]
         elif "lora_magnitude_vector" in key:
-            raise RequestError(f"is DoRA's: {_REFUSED['use_dora']}", file=file.path, tensor=tensor.name)
+            raise RequestError(f"is DoRA's: {REFUSED['use_dora']}", file=file.path, tensor=tensor.name)
         elif _FOREIGN.search(key):
             raise RequestError("is no part of a LoRA that is known here", file=file.path, tensor=tensor.name)
         else:
@@ -235,7 +160,7 @@ def _sort_tensors(file: SafetensorsFile) -> tuple[dict[str, dict[str, TensorInfo
     return modules, carried
 
 
-def _pair(module: str, parts: Mapping[str, TensorInfo], settings: _Settings, path: Path) -> Pair:
+def _pair(module: str, parts: Mapping[str, TensorInfo], settings: LoraSettings, path: Path) -> Pair:
     is_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     kind = "lora_embedding" if is_embedding else "lora"
     first = next(iter(parts.values()))
