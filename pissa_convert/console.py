@@ -59,6 +59,8 @@ def print_plan(plan: Plan | LoraPlan | MergePlan) -> None:
 
 
 def _print_lora_plan(plan: LoraPlan) -> None:
+    from pissa_convert.estimate import estimate_lora_seconds
+
     width = max(map(len, plan.ranks))
     at_most = "at most " if plan.options.rank == "auto" else ""
     for module in plan.modules:
@@ -66,17 +68,20 @@ def _print_lora_plan(plan: LoraPlan) -> None:
         print(f"{'lora':6} {module.name:{width}}  {ranks}")
     for key in plan.trained.carried:
         print(f"{'copy':6} {key:{width}}  trained whole")
+    compute = estimate_lora_seconds(plan)
     origin = "split again from" if plan.init.derivations else "as it is in"
     print(
         f"""
 modules    {len(plan.modules)}, and {len(plan.trained.carried)} tensors that were trained whole
 init       {origin} {plan.init.file}
 disk       {at_most}{sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
-memory     {plan.memory.peak} bytes at peak, {plan.in_flight} modules at once"""
+memory     {plan.memory.peak} bytes at peak, {plan.in_flight} modules at once
+time       about {compute:.1f} s of computing"""
     )
 
 
 def _print_merge_plan(plan: MergePlan) -> None:
+    from pissa_convert.estimate import estimate_merge_seconds
     from pissa_convert.merge_plan import describe, shard_tensors
 
     tensors = [tensor for shard in plan.shards for tensor in shard.source.tensors]
@@ -88,6 +93,8 @@ def _print_merge_plan(plan: MergePlan) -> None:
         dtype = "" if place.dtype == tensor.dtype else f"{tensor.dtype} → {place.dtype}"
         said = [text for text in (describe(change) if change else "", dtype) if text]
         print(f"{action:6} {tensor.name:{width}}  {', '.join(said)}")
+    compute = estimate_merge_seconds(plan)
+    moved = sum(shard.source.size + shard.size for shard in plan.shards)
     if plan.beside is not None and plan.changes.head is not None:
         untied = f"tied to {plan.changes.tied_to} no longer: {describe(plan.changes.head)}"
         print(f"{'add':6} {'lm_head.weight':{width}}  {untied}")
@@ -95,7 +102,8 @@ def _print_merge_plan(plan: MergePlan) -> None:
         f"""
 merge      {len(plan.changes.tensors)} of {len(tensors)} tensors
 disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
-memory     {plan.memory.peak} bytes at peak ({_amount(plan.memory.budget)} in flight at most)"""
+memory     {plan.memory.peak} bytes at peak ({_amount(plan.memory.budget)} in flight at most)
+time       about {compute:.1f} s of computing, beside moving {_amount(moved)}"""
     )
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
