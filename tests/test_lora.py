@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +23,10 @@ from safetensors.torch import load_file
 
 from pissa_convert import convert, plan, verify
 from pissa_convert.cli import main
-from pissa_convert.errors import DamageError, RequestError, WeightError
+from pissa_convert.errors import ConversionError, DamageError, RequestError, WeightError
 
 Q, DOWN = SHAPES
+DYING = str(Path(__file__).parent / "faults" / "dying.py")
 
 
 @pytest.fixture
@@ -449,6 +452,29 @@ def test_a_killed_run_leaves_nothing_that_loads_and_is_done_again(pair: tuple[Pa
     assert to_lora(pair, tmp_path / "out").resumed
     to_lora(pair, tmp_path / "whole")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_an_adapter_that_changes_meanwhile_is_not_converted(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    def touch(done: int, total: int, timings: Any) -> None:
+        os.utime(pair[0] / "adapter_model.safetensors", (1, 1))
+
+    with pytest.raises(ConversionError, match=r"trained/adapter_model\.safetensors has changed"):
+        to_lora(pair, tmp_path / "out", progress=touch)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_killed_at_every_rename_it_is_done_again(pair: tuple[Path, Path], tmp_path: Path, call: int) -> None:
+    dest = tmp_path / "out"
+    arguments = [str(pair[0]), str(dest), "--to", "lora", "--init", str(pair[1]), "--quiet"]
+    run = subprocess.run(
+        [sys.executable, DYING, "replace", str(call), "before", *arguments], check=False, capture_output=True
+    )
+    assert run.returncode == -signal.SIGKILL
+    assert not (dest / "pissa_convert.json").exists()
+    assert main(arguments) == 0
+    to_lora(pair, tmp_path / "whole")
+    assert digests(dest) == digests(tmp_path / "whole")
 
 
 def test_verify_measures_every_module_and_finds_what_a_digest_does_not(pair: tuple[Path, Path], tmp_path: Path) -> None:

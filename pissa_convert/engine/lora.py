@@ -55,6 +55,7 @@ def run_lora(
     started = time.perf_counter()
     timings = Timings()
     destination.check(plan, overwrite)
+    before = plan.fingerprint
     sources = {name: hash_file(path) for name, path in plan.sources.items()}
     _check_recorded(plan, sources)
     try:
@@ -72,7 +73,7 @@ def run_lora(
             finally:
                 journal.remove()
         else:
-            results = _convert(plan, backend, sources, timings, progress)
+            results = _convert(plan, backend, before, sources, timings, progress)
             journal.remove()
             entries = {name: vars(result) for name, result in results.items()}
     return _report(plan, state, entries, time.perf_counter() - started, timings)
@@ -93,6 +94,7 @@ def _check_recorded(plan: LoraPlan, sources: Mapping[str, FileRecord]) -> None:
 def _convert(
     plan: LoraPlan,
     backend: Backend | None,
+    before: Mapping[str, Any],
     sources: dict[str, FileRecord],
     timings: Timings,
     progress: ProgressCallback | None,
@@ -121,7 +123,7 @@ def _convert(
         for slot, tensor in zip(plan.carried_slots, plan.trained.carried.values(), strict=True):
             for begin, end in chunks(0, tensor.nbytes):
                 write(trained.raw(tensor, begin, end), slot.begin + begin)
-        _check_unchanged(plan, sources)
+        _check_unchanged(plan, before)
         file.commit()
     outputs = {WEIGHTS_NAME: FileRecord(plan.size, digest.hexdigest())}
     texts = {name: (plan.trained.root / name).read_bytes() for name in plan.companions} | plan.texts
@@ -183,11 +185,14 @@ def _read(module: Module, trained: FactorFile, init: InitFactors) -> ModuleInput
     )
 
 
-def _check_unchanged(plan: LoraPlan, sources: Mapping[str, FileRecord]) -> None:
-    """What was read while working is what was hashed before."""
-    for name, path in plan.sources.items():
-        if hash_file(path) != sources[name]:
-            raise ConversionError("the file has changed during the work", file=path, fix="run the same command again")
+def _check_unchanged(plan: LoraPlan, before: Mapping[str, Any]) -> None:
+    """What was read while working is what was hashed: nothing has changed since before either."""
+    now = replace(plan).fingerprint
+    for name, value in before.items():
+        if now[name] != value:
+            raise ConversionError(
+                f"{name} has changed during the work", file=plan.dest, fix="run the same command again"
+            )
 
 
 def _report(
