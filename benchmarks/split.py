@@ -9,9 +9,14 @@ Deficit: the share of the best rank-r energy that the factors do not capture; ou
 1 − (‖W‖² − ‖W − sBA‖²)/Σσ² in double, the peer's from its singular values before they are rounded.
 
 The large matrices are made: random singular vectors, and σ_i = i^-0.15·(1 − 0.9·(i − 1)/n), the geometric mean of what
-SmolLM2's linear layers have at i = 64, between its flattest (up_proj) and steepest (q_proj). With --smollm2 the linears
-of layers 0, 10, 20 and 29 of a real checkpoint are measured too (examples/smollm2.py writes one), singular values then
-being those of an eigendecomposition in double.
+SmolLM2's linear layers have at i = 64, between its flattest (up_proj) and steepest (q_proj). They are split one at a
+time by all threads.
+
+With --smollm2 the linears of layers 0, 10, 20 and 29 of a real checkpoint are measured too (examples/smollm2.py writes
+one), singular values then being those of an eigendecomposition in double. The matrices of a shape are measured
+together, as a converter meets them: PEFT takes one after the other, by all threads; ours takes as many at once as there
+are threads, each by one. Deficits are means; `worse` counts matrices whose deficit is above that of niter_16.
+
 The roofline columns compare the sweeps with torch's own product in the weight's dtype, and the whole split's traffic,
 each pass reading W once, with a copy: on this machine, in this run.
 """
@@ -20,10 +25,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -32,6 +40,7 @@ from pissa_convert import _core
 from pissa_convert.linalg import SplitSpec, tensor_key
 from pissa_convert.linalg.native import usable_cpus
 
+Result = tuple[_core.SplitResult, torch.Tensor, torch.Tensor]
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -72,44 +81,71 @@ def peer(weight: torch.Tensor, rank: int, niter: int) -> torch.Tensor:
 
 
 class Ours:
-    """The C++ core on preallocated buffers."""
+    """The C++ core on preallocated buffers: one matrix by all threads, or several at once by one thread each."""
 
     def __init__(self) -> None:
-        self.splitter = _core.Splitter(usable_cpus())
+        self.whole = _core.Splitter(usable_cpus())
+        self.single: queue.SimpleQueue[_core.Splitter] = queue.SimpleQueue()
+        for _ in range(usable_cpus()):
+            self.single.put(_core.Splitter(1))
+        self.workers = ThreadPoolExecutor(usable_cpus())
 
-    def __call__(self, weight: torch.Tensor, rank: int) -> tuple[float, _core.SplitResult, torch.Tensor, torch.Tensor]:
-        rows, cols = weight.shape
-        spec = SplitSpec(rows, cols, CODES[weight.dtype], rank, 1.0, "F32", False, None, tensor_key(0, "benchmark"))
-        work = weight.clone()
-        raw = work.view(torch.int16 if work.itemsize == 2 else torch.int32).numpy()
-        a, b = torch.empty(spec.a_shape).numpy(), torch.empty(spec.b_shape).numpy()
+    def __call__(self, weights: Sequence[torch.Tensor], rank: int) -> tuple[float, list[Result]]:
+        work = []
+        for weight in weights:
+            rows, cols = weight.shape
+            spec = SplitSpec(rows, cols, CODES[weight.dtype], rank, 1.0, "F32", False, None, tensor_key(0, "benchmark"))
+            raw = weight.clone().view(torch.int16 if weight.itemsize == 2 else torch.int32).numpy()
+            work.append((spec, raw, torch.empty(spec.a_shape).numpy(), torch.empty(spec.b_shape).numpy()))
         time.sleep(0.02)  # torch's threads spin for a while after its last operation: they would hold our CPUs
         started = time.perf_counter()
-        result = self.splitter.split(
-            raw.data, rows, cols, spec.dtype, rank, 1.0, False, a.data, b.data, "F32", 0, spec.key
+        if len(work) == 1:
+            results = [self._split(self.whole, *work[0])]
+        else:
+            results = list(self.workers.map(self._split_alone, work))
+        return time.perf_counter() - started, results
+
+    def _split_alone(self, item: tuple[SplitSpec, Any, Any, Any]) -> Result:
+        splitter = self.single.get()
+        try:
+            return self._split(splitter, *item)
+        finally:
+            self.single.put(splitter)
+
+    @staticmethod
+    def _split(splitter: _core.Splitter, spec: SplitSpec, raw: Any, a: Any, b: Any) -> Result:
+        stats = splitter.split(
+            raw.data, spec.rows, spec.cols, spec.dtype, spec.rank, 1.0, False, a.data, b.data, "F32", 0, spec.key
         )
-        return time.perf_counter() - started, result, torch.from_numpy(a), torch.from_numpy(b)
+        return stats, torch.from_numpy(a), torch.from_numpy(b)
 
 
-def timed(function: Callable[[], object]) -> tuple[float, object]:
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     value = function()
     return time.perf_counter() - started, value
 
 
-def matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    """Names, float32 matrices, and their singular values where these are known."""
+def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, list[torch.Tensor], torch.Tensor | None]]:
+    """Names, float32 matrices of one shape, and their singular values where these are known."""
     for shape in arguments.shapes.split(",") if arguments.shapes else []:
         rows, cols = map(int, shape.split("x"))
-        yield shape, *made(rows, cols)
+        weight, sigma = made(rows, cols)
+        yield shape, [weight], sigma
     if arguments.smollm2 is None:
         return
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(arguments.smollm2.glob("*.safetensors")):
         tensors |= load_file(file)
-    for layer in (0, 10, 20, 29):
-        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
-            yield f"smollm2 {layer}.{name}", tensors[f"model.layers.{layer}.{name}.weight"].float(), None
+    for names in (("q_proj", "o_proj"), ("k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)):
+        layers = tuple(f"model.layers.{layer}." for layer in (0, 10, 20, 29))
+        weights = [
+            tensor.float()
+            for name, tensor in tensors.items()
+            if name.startswith(layers) and name.split(".")[-2] in names
+        ]
+        rows, cols = weights[0].shape
+        yield f"smollm2 {len(weights)} of {rows}x{cols}", weights, None
 
 
 def roofline(weight: torch.Tensor) -> dict[str, float]:
@@ -130,33 +166,43 @@ def roofline(weight: torch.Tensor) -> dict[str, float]:
 
 
 def measure(
-    name: str, weight: torch.Tensor, energy: torch.Tensor, rank: int, repeat: int, ours: Ours
-) -> dict[str, object]:
+    name: str, weights: list[torch.Tensor], energies: list[torch.Tensor], rank: int, repeat: int, ours: Ours
+) -> dict[str, Any]:
     times: dict[str, list[float]] = {"ours": [], "niter_4": [], "niter_16": []}
+    deficits: dict[str, list[float]] = {}
+    best = [float(energy[rank - 1]) for energy in energies]
     for _ in range(repeat):
-        seconds, result, a, b = ours(weight, rank)
+        seconds, results = ours(weights, rank)
         times["ours"].append(seconds)
-        deficits = {"ours": 1 - captured(weight, a, b) / float(energy[rank - 1])}
+        deficits["ours"] = [1 - captured(w, a, b) / e for w, (_, a, b), e in zip(weights, results, best, strict=True)]
         for niter in (4, 16):
-            seconds, sigma = timed(lambda niter=niter: peer(weight, rank, niter))
+            seconds, sigmas = timed(lambda niter=niter: [peer(weight, rank, niter) for weight in weights])
             times[f"niter_{niter}"].append(seconds)
-            deficits[f"niter_{niter}"] = 1 - float(sigma.square().sum() / energy[rank - 1])  # type: ignore[attr-defined]
+            deficits[f"niter_{niter}"] = [
+                1 - float(sigma.square().sum()) / e for sigma, e in zip(sigmas, best, strict=True)
+            ]
     medians = {key: median(values) for key, values in times.items()}
-    sweeps = 4 * weight.numel() * result.block * result.passes / max(result.sweep_seconds, 1e-9) / 1e9
+    stats = [result for result, _, _ in results]
+    size = weights[0].numel()
+    # A pass multiplies twice, but the last only once.
+    products = sum(2 * size * s.block * (2 * s.passes - 1) for s in stats if s.passes)
     return {
         "matrix": name,
-        "dtype": CODES[weight.dtype],
+        "dtype": CODES[weights[0].dtype],
         "rank": rank,
         "seconds": medians,
         "faster_than_niter_4": medians["niter_4"] / medians["ours"],
         "faster_than_niter_16": medians["niter_16"] / medians["ours"],
-        "deficit": deficits,
-        "estimated_deficit": result.estimated_deficit,
-        "passes": result.passes,
-        "phases": {phase: getattr(result, f"{phase}_seconds") for phase in ("sweep", "ritz", "residual")},
-        "sweep_gflops": sweeps,
-        "traffic_gbs": (result.passes + 3) * weight.numel() * weight.itemsize / medians["ours"] / 1e9,
-        **roofline(weight),
+        "deficit": {key: mean(values) for key, values in deficits.items()},
+        "worse_than_niter_16": sum(o > p for o, p in zip(deficits["ours"], deficits["niter_16"], strict=True)),
+        "estimated_deficit": mean(s.estimated_deficit for s in stats),
+        "passes": [s.passes for s in stats],
+        "phases": {
+            phase: sum(getattr(s, f"{phase}_seconds") for s in stats) for phase in ("sweep", "ritz", "residual")
+        },
+        "sweep_gflops": products / max(sum(s.sweep_seconds for s in stats), 1e-9) / 1e9,
+        "traffic_gbs": sum((s.passes + 3) * size * weights[0].itemsize for s in stats) / medians["ours"] / 1e9,
+        **roofline(weights[0]),
     }
 
 
@@ -171,26 +217,26 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(usable_cpus())
     ours = Ours()
-    print(f"kernel {ours.splitter.kernel}, {usable_cpus()} threads, torch {torch.__version__}")
+    print(f"kernel {ours.whole.kernel}, {usable_cpus()} threads, torch {torch.__version__}")
     print(
-        f"{'matrix':32} {'dtype':5} {'rank':>4} {'ours ms':>8} {'×niter_4':>8} {'×niter_16':>9}"
-        f" {'deficit':>8} {'est.':>7} {'niter_4':>8} {'niter_16':>8} {'GFLOP/s':>8} {'of GEMM':>7}"
+        f"{'matrix':24} {'dtype':5} {'rank':>4} {'ours ms':>8} {'×niter_4':>8} {'×niter_16':>9}"
+        f" {'deficit':>8} {'est.':>7} {'niter_4':>8} {'niter_16':>8} {'worse':>5} {'GFLOP/s':>8} {'of GEMM':>7}"
         f" {'GB/s':>5} {'of copy':>7}"
     )
     rows = []
-    for name, full, sigma in matrices(arguments):
+    for name, full, sigma in cases(arguments):
         for dtype in arguments.dtypes.split(","):
-            weight = full.to(getattr(torch, dtype))
-            energy = (exact_sigma(weight) if sigma is None else sigma).square().cumsum(0)
+            weights = [weight.to(getattr(torch, dtype)) for weight in full]
+            energies = [(exact_sigma(w) if sigma is None else sigma).square().cumsum(0) for w in weights]
             for rank in map(int, arguments.ranks.split(",")):
-                row = measure(name, weight, energy, rank, arguments.repeat, ours)
+                row = measure(name, weights, energies, rank, arguments.repeat, ours)
                 rows.append(row)
                 deficit = row["deficit"]
                 print(
-                    f"{name:32} {row['dtype']:5} {rank:4} {row['seconds']['ours'] * 1e3:8.1f}"
+                    f"{name:24} {row['dtype']:5} {rank:4} {row['seconds']['ours'] * 1e3:8.1f}"
                     f" {row['faster_than_niter_4']:8.1f} {row['faster_than_niter_16']:9.1f}"
                     f" {deficit['ours']:8.3%} {row['estimated_deficit']:7.3%}"
-                    f" {deficit['niter_4']:8.2%} {deficit['niter_16']:8.3%}"
+                    f" {deficit['niter_4']:8.2%} {deficit['niter_16']:8.3%} {row['worse_than_niter_16']:5}"
                     f" {row['sweep_gflops']:8.0f} {row['sweep_gflops'] / row['gemm_gflops']:7.0%}"
                     f" {row['traffic_gbs']:5.1f} {row['traffic_gbs'] / row['copy_gbs']:7.0%}",
                     flush=True,

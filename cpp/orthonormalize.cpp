@@ -73,10 +73,8 @@ void householder_qr(ThreadPool& pool, std::size_t n, float* z, std::size_t k, do
 // A block on its way into the basis: z in float, and rounded in its columns of x.
 template <class Element>
 struct Candidate {
-  // z ← z·inverse − basis·taken over the q columns before it, in one pass; without an inverse z itself. `taken` becomes
-  // what it was rounded to.
-  void update(const double* inverse, std::size_t q, std::vector<double>& taken) {
-    for (double& value : taken) value = static_cast<double>(to_float(to_element<Element>(static_cast<float>(value))));
+  // z ← z·inverse − basis·taken over the q columns before it, in one pass; without an inverse z itself.
+  void update(const double* inverse, std::size_t q, const std::vector<double>& taken) {
     std::vector<double> negative(taken.size());
     std::transform(taken.begin(), taken.end(), negative.begin(), std::negate<>());
     std::optional<RightFactor<float>> triangle;
@@ -142,17 +140,12 @@ Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
   Buffer<float> spare(pool.scratch(), n * k);
   Candidate<Element> candidate{kernels, pool, n, k, x + p, stride, z, spare.data()};
   Extension result;
-  result.projection.assign(p * k, 0.0);
   result.remainder.assign(k * k, 0.0);
   for (std::size_t j = 0; j < k; ++j) result.remainder[j * k + j] = 1;
   std::vector<double> product, taken, gram(k * k), r(k * k), inverse(k * k), scratch(k * k);
-  const auto add_to_projection = [&](std::size_t q) {  // the last q rows, by what was taken before the remainder
-    lapack::gemm('N', 'N', q, k, k, 1.0, taken.data(), q, result.remainder.data(), k, 1.0,
-                 result.projection.data() + (p - q), p);
-  };
   candidate.round();
   double before = 0;
-  // z_before = basis·projection + z·remainder whenever a round begins.
+  // z_before = z·remainder + something in the span of the basis whenever a round begins.
   for (int round = 0; round < kMaxRounds; ++round) {
     std::size_t q = round == 0 ? recent : p;
     candidate.products(q, product);
@@ -173,7 +166,6 @@ Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
     }
     if (cancels) {
       candidate.update(nullptr, q, taken);
-      add_to_projection(q);
       q = 0;
       taken.clear();
       candidate.products(0, gram);
@@ -189,25 +181,21 @@ Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
         lapack::gemm('N', 'N', q, k, k, 1.0, components.data(), q, inverse.data(), k, 0.0, taken.data(), q);
       }
       candidate.update(inverse.data(), q, taken);
-      if (q > 0) {
-        const std::vector<double> components = taken;
-        lapack::gemm('N', 'N', q, k, k, 1.0, components.data(), q, r.data(), k, 0.0, taken.data(), q);
-      }
     } else {
       if (q > 0) candidate.update(nullptr, q, taken);
       householder_qr(pool, n, candidate.z, k, r.data());
       candidate.round();
       result.householder = true;
     }
-    if (q > 0) add_to_projection(q);
     lapack::gemm('N', 'N', k, k, k, 1.0, r.data(), k, result.remainder.data(), k, 0.0, scratch.data(), k);
     result.remainder = scratch;
     // Without a second round the loss of orthogonality grows from pass to pass, and copies of converged singular values
     // appear. A third is due to columns of which the second left little: they were not far from the rounding noise.
     double smallest = 1;
     for (std::size_t j = 0; j < k; ++j) smallest = std::min(smallest, std::fabs(r[j * k + j]));
-    if (round > 0 && smallest > 0.5) break;
+    if (round > 0 && smallest > 0.5) return result;
   }
+  result.exhausted = true;  // what is left is the basis again, as it was rounded
   return result;
 }
 

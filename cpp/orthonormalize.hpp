@@ -10,14 +10,14 @@
 namespace pissa {
 
 struct Extension {
-  std::vector<double> projection;  // p × k, column-major: the block's components in the basis
-  std::vector<double> remainder;   // k × k, column-major, upper triangular
-  bool householder = false;        // Cholesky would have lost too much and was replaced
-  bool exhausted = false;          // the block lies in the basis: there is no new direction
+  std::vector<double> remainder;  // k × k, column-major, upper triangular
+  bool householder = false;       // Cholesky would have lost too much and was replaced
+  bool exhausted = false;         // the block lies in the basis: there is no new direction
 };
 
-// x (n × …, row-major) holds an orthonormal basis in its first p columns and gets k more, such that
-//   z_before = basis·projection + block·remainder.
+// x (n × …, row-major, and kReadBeyond more: see tall.hpp) holds an orthonormal basis in its first p columns and gets a
+// block of k more, such that
+//   z_before = block·remainder + something in the span of the basis.
 // z (n × k, row-major, contiguous) is destroyed. `recent` says how many of the basis' last columns z is known to have
 // components in, up to rounding: a first projection need not take the others.
 //

@@ -57,22 +57,14 @@ inline void round_to(const Kernels& kernels, const float* src, std::uint16_t* ds
 }
 inline void round_to(const Kernels&, const float* src, float* dst, std::size_t count) { std::copy_n(src, count, dst); }
 
-// Strips of `width` columns, a multiple of 16, each [row / depth][width][depth] and `strip_stride` elements after the
-// one before; zero beyond the last row and column.
+// [row / depth][column][depth], zero past the last row. `columns` is a multiple of 16.
 inline void pack(const Kernels& kernels, const std::uint16_t* src, std::size_t stride, std::size_t rows,
-                 std::size_t columns, std::size_t width, std::uint16_t* dst, std::size_t strip_stride = 0) {
-  kernels.bf16->pack_pairs(src, stride, rows, columns, width, dst, strip_stride);
+                 std::size_t columns, std::uint16_t* dst) {
+  kernels.bf16->pack_pairs(src, stride, rows, columns, dst);
 }
 inline void pack(const Kernels&, const float* src, std::size_t stride, std::size_t rows, std::size_t columns,
-                 std::size_t width, float* dst, std::size_t strip_stride = 0) {
-  for (std::size_t i = 0; i < rows; ++i) {
-    for (std::size_t begin = 0; begin < columns; begin += width) {
-      const std::size_t count = std::min(width, columns - begin);
-      float* out = dst + begin / width * strip_stride + i * width;
-      std::memcpy(out, src + i * stride + begin, count * sizeof(float));
-      std::fill(out + count, out + width, 0.0f);
-    }
-  }
+                 float* dst) {
+  for (std::size_t i = 0; i < rows; ++i) std::memcpy(dst + i * columns, src + i * stride, columns * sizeof(float));
 }
 
 }  // namespace pissa

@@ -3,9 +3,8 @@
 // Method: block Lanczos on WᵀW with full reorthogonalisation, started from Wᵀ·G for a random sign matrix G (Musco &
 // Musco 2015, arXiv 1504.05477; Golub & Underwood 1977). Starting from random columns themselves would save half a
 // pass, but their part in W's null space makes Y nearly dependent, and the singular vectors inaccurate. Deviations:
-// blocks are narrower than the rank, which reaches the same accuracy with fewer products; and W·X may be computed from
-// bf16 roundings of X, because the Rayleigh–Ritz step (rayleigh_ritz.hpp) only uses Y as it came out and Z = Wᵀ·Y,
-// which are exact for each other.
+// blocks are narrower than the rank, which reaches the same accuracy with fewer products; and X and Y may be rounded to
+// bf16, because what the Rayleigh–Ritz step (rayleigh_ritz.hpp) uses holds for them as they are.
 #pragma once
 
 #include <cstddef>
@@ -17,33 +16,29 @@
 
 namespace pissa {
 
-// After p passes, with k = p·block columns, orthonormal X (cols × (k + block)) and Y = W·X_k·2^-exponent, rounded:
-//   2^-exponent·Wᵀ·Y = X·H.
+// After p passes, with k = p·block columns: X (cols × k) is orthonormal, Y = W·X·2^-exponent, both rounded to Element.
 struct KrylovBasis {
   std::size_t block = 0;
   std::size_t passes = 0;
-  int exponent = 0;  // ‖W‖ is near 2^exponent: everything here is of order one
-  bool exhausted = false;
+  int exponent = 0;        // ‖W‖ is near 2^exponent: Y is of order one
+  bool exhausted = false;  // X spans all that W does not map to zero
   bool householder = false;
-  std::size_t h_rows = 0;  // leading dimension of h
-  Buffer<double> h;        // (k + block) × k, block upper Hessenberg, column-major
 
   std::size_t columns() const { return passes * block; }
-  // Columns of X that h refers to: an exhausted basis got no further block.
-  std::size_t x_columns() const { return columns() + (exhausted ? 0 : block); }
 };
 
 // X and Y are kept as `Element`: float, or bf16 for the weights and kernels that multiply it (see packing.hpp).
 template <class Element>
 class RangeFinder {
  public:
-  // Sketches W. Requires (max_passes + 1)·block ≤ min(rows, cols), and a block that is a multiple of 16.
+  // Sketches W. Requires max_passes·block ≤ min(rows, cols), and a block that is a multiple of 16.
   // Throws std::domain_error where W holds a value that is not finite.
   RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t block, std::size_t max_passes,
               std::uint64_t key);
 
-  // One more pass. False where there is none: the limit is reached, or the basis holds W's whole range.
-  bool advance();
+  // Passes until there are `passes`, or the basis is exhausted. Wᵀ·Y, which a further pass needs, is computed while W·X
+  // is, unless this is expected to be the `last` pass.
+  void advance_to(std::size_t passes, bool last);
 
   bool zero() const { return zero_; }  // W is zero everywhere
   // W's scale is beyond what bf16 products can take without losing denormals: the finder over float can.
@@ -52,14 +47,16 @@ class RangeFinder {
 
   // YᵀY (k × k, upper triangle valid by blocks), summed in double throughout with `exact`.
   Buffer<double> gram(bool exact);
-  // Y·c and X·c, row-major with stride rank rounded up to 16; c is column-major with k, and x_columns(), rows.
+  // Y·c and X·c, row-major with stride rank rounded up to 16; c is k × rank, column-major.
   Buffer<float> combine_y(const std::vector<double>& c, std::size_t rank) const;
   Buffer<float> combine_x(const std::vector<double>& c, std::size_t rank) const;
 
   static std::size_t workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes, unsigned threads);
 
  private:
-  double sketch(float magnitude, std::uint64_t key, Element* signs);
+  double sketch(float magnitude, std::uint64_t key);
+  bool extend();
+  std::size_t max_columns() const { return max_passes_ * basis_.block; }
 
   const Kernels& kernels_;
   ThreadPool& pool_;
@@ -72,9 +69,10 @@ class RangeFinder {
   std::size_t stride_;  // of x and y
   Buffer<Element> x_;
   Buffer<Element> y_;
-  Buffer<float> z_;  // the block at work, cols × block
+  Buffer<float> z_;          // the block at work, cols × block
+  bool multiplied_ = false;  // z is Wᵀ·Y for the last block of Y
   KrylovBasis basis_;
-  Buffer<double> gram_;  // of Y's first gram_columns_ columns, laid out as h
+  Buffer<double> gram_;  // of Y's first gram_columns_ columns, max_columns() apart
   std::size_t gram_columns_ = 0;
 };
 

@@ -17,7 +17,6 @@ constexpr std::size_t kLaneRows = 512;
 constexpr std::size_t kLanes = 8;  // at least, where there are rows enough for a block in each
 // A piece of packed x that stays in the second-level cache while the rows of a block pass over it.
 constexpr std::size_t kXBytes = 256u << 10;
-constexpr std::size_t kStrip = 64;  // columns of a block that are packed together
 
 std::size_t choose_block_rows(const Weight& weight) {
   const std::size_t fitting = kBlockBytes / std::max<std::size_t>(1, weight.cols * size_of(weight.dtype));
@@ -39,7 +38,7 @@ struct Sweep<Element>::Lane {
         packed_y(sweep.pool_.scratch(), sweep.block_rows_ * k),
         sums(sweep.pool_.scratch(), sweep.block_rows_ * k) {}
   Buffer<Element> converted;
-  Buffer<Element> packed_y;  // [group][step][column of the group][depth]
+  Buffer<Element> packed_y;  // [step][column][depth]
   Buffer<float> sums;
   const Element* rows = nullptr;  // of the block, row_stride_ apart
 };
@@ -54,45 +53,61 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
       lane_rows_(choose_lane_rows(weight, block_rows_)),
       steps_((weight.cols + tile_.depth - 1) / tile_.depth),
       direct_((kIsBf16<Element> ? weight.dtype == DType::bf16 : weight.dtype == DType::f32) &&
-              weight.cols % tile_.depth == 0),
+              weight.cols % tile_.wide == 0),
       row_stride_(direct_ ? weight.cols : round_up(weight.cols, 32) + 32),
+      z_stride_(round_up(weight.cols, 32) + 16),  // no power of two: see transposed_tile
       packed_x_(pool.scratch(), steps_ * tile_.depth * max_block) {}
 
 template <class Element>
 std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t max_block, unsigned threads) {
   const std::size_t rows = choose_block_rows(weight);
   const std::size_t lane =
-      sizeof(Element) * rows * (weight.cols + 64 + max_block) + sizeof(float) * (rows + weight.cols) * max_block;
+      sizeof(Element) * rows * (weight.cols + 64 + max_block) + sizeof(float) * (rows + weight.cols + 48) * max_block;
   return sizeof(Element) * (weight.cols + 1) * max_block + threads * lane;
 }
 
+// The lane's blocks of rows, in their order.
 template <class Element>
-template <class Rows>
-void Sweep<Element>::for_each_block(std::size_t k, float z_scale, float* z, const Rows& rows) {
-  const std::size_t lanes = (weight_.rows + lane_rows_ - 1) / lane_rows_;
-  const std::size_t size = weight_.cols * k;
+template <class Task>
+void Sweep<Element>::for_each_block(std::size_t index, const Task& task) const {
+  const std::size_t stop = std::min(weight_.rows, (index + 1) * lane_rows_);
+  for (std::size_t begin = index * lane_rows_; begin < stop; begin += block_rows_) {
+    task(begin, std::min(block_rows_, stop - begin));
+  }
+}
+
+// Z's sums are kept transposed, so that a row of W is read as it lies: z_stride_ apart, k rows.
+template <class Element>
+template <class Add>
+void Sweep<Element>::add_up(std::size_t k, float z_scale, float* z, const Add& add) {
+  const std::size_t size = z_stride_ * k;
+  Buffer<float> sum(pool_.scratch(), size);
   std::atomic<std::size_t> added{0};
-  pool_.run(lanes, [&](std::size_t index) {
+  pool_.run(lanes(), [&](std::size_t index) {
     Lane lane(*this, k);
-    Buffer<float> part(pool_.scratch(), index == 0 ? 0 : size);
-    float* sum = index == 0 ? z : part.data();
-    std::memset(sum, 0, sizeof(float) * size);
-    const std::size_t stop = std::min(weight_.rows, (index + 1) * lane_rows_);
-    for (std::size_t begin = index * lane_rows_; begin < stop; begin += block_rows_) {
-      const std::size_t count = std::min(block_rows_, stop - begin);
-      load_rows(begin, count, lane);
-      rows(begin, count, lane);
-      multiply_columns(count, k, lane, sum);
-    }
+    Buffer<float> own(pool_.scratch(), index == 0 ? 0 : size);
+    float* part = index == 0 ? sum.data() : own.data();
+    std::memset(part, 0, sizeof(float) * size);
+    for_each_block(index, [&](std::size_t begin, std::size_t count) { add(begin, count, lane, part); });
     // In their order, which is also that in which tasks are handed out: the one waited for is always at work.
     wait_until([&] { return added.load(std::memory_order_acquire) == index; });
-    const float scale = index + 1 == lanes ? z_scale : 1.0f;
-    if (index > 0) {
-      for (std::size_t i = 0; i < size; ++i) z[i] = (z[i] + sum[i]) * scale;
-    } else if (scale != 1.0f) {
-      for (std::size_t i = 0; i < size; ++i) z[i] *= scale;
-    }
+    for (std::size_t i = 0; index > 0 && i < size; ++i) sum[i] += part[i];
     added.store(index + 1, std::memory_order_release);
+  });
+  transpose(sum.data(), k, z_scale, z);
+}
+
+template <class Element>
+void Sweep<Element>::transpose(const float* sum, std::size_t k, float scale, float* z) {
+  constexpr std::size_t kColumns = 256;  // per task
+  pool_.run((weight_.cols + kColumns - 1) / kColumns, [&](std::size_t task) {
+    const std::size_t end = std::min(weight_.cols, (task + 1) * kColumns);
+    for (std::size_t begin = task * kColumns; begin < end; begin += 16) {
+      const std::size_t stop = std::min(end, begin + 16);
+      for (std::size_t c = 0; c < k; ++c) {
+        for (std::size_t j = begin; j < stop; ++j) z[j * k + c] = sum[c * z_stride_ + j] * scale;
+      }
+    }
   });
 }
 
@@ -100,20 +115,49 @@ template <class Element>
 void Sweep<Element>::power_step(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
                                 std::size_t y_stride, float z_scale, float* z) {
   pack_x(x, x_stride, k, x_scale);
-  for_each_block(k, z_scale, z, [&](std::size_t begin, std::size_t count, Lane& lane) {
-    multiply_rows(count, k, lane);
-    for (std::size_t i = 0; i < count; ++i) {
-      round_to(kernels_, lane.sums.data() + i * k, y + (begin + i) * y_stride, k);
-    }
-    pack_y(y + begin * y_stride, y_stride, count, k, lane);
+  add_up(k, z_scale, z, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+    load_rows(begin, count, lane);
+    multiply_rows(begin, count, k, lane, y, y_stride);
+    multiply_columns(begin, count, k, lane, y, y_stride, part);
   });
 }
 
 template <class Element>
-void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float* z) {
-  for_each_block(k, 1.0f, z, [&](std::size_t begin, std::size_t count, Lane& lane) {
-    touch(begin, count);
-    pack_y(y + begin * y_stride, y_stride, count, k, lane);
+void Sweep<Element>::product(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
+                             std::size_t y_stride) {
+  pack_x(x, x_stride, k, x_scale);
+  pool_.run(lanes(), [&](std::size_t index) {
+    Lane lane(*this, k);
+    for_each_block(index, [&](std::size_t begin, std::size_t count) {
+      load_rows(begin, count, lane);
+      multiply_rows(begin, count, k, lane, y, y_stride);
+    });
+  });
+}
+
+template <class Element>
+void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float z_scale,
+                                        float* z) {
+  add_up(k, z_scale, z, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+    load_rows(begin, count, lane);
+    multiply_columns(begin, count, k, lane, y, y_stride, part);
+  });
+}
+
+template <class Element>
+void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
+  add_up(k, 1.0f, z, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+    load_rows(begin, count, lane);
+    for (std::size_t c = 0; c < k; ++c) {
+      const std::size_t first = (c + k - begin % k) % k;  // row of the block that column c sums, as every k-th after it
+      if (first >= count) continue;
+      const std::size_t rows = (count - first + k - 1) / k;
+      Element* factors = lane.packed_y.data();
+      for (std::size_t i = 0; i < rows; ++i) factors[i] = to_element<Element>(signs[begin + first + i * k]);
+      std::fill(factors + rows, factors + round_up(rows, tile_.depth), Element{0});
+      tile_.add_transposed(factors, 1, lane.rows + first * row_stride_, k * row_stride_, rows,
+                           round_up(weight_.cols, tile_.wide), part + c * z_stride_, z_stride_);
+    }
   });
 }
 
@@ -141,16 +185,8 @@ void Sweep<Element>::load_rows(std::size_t begin, std::size_t count, Lane& lane)
         kernels_.widen(src, weight_.dtype, out + at, size);
       }
     }
-    out[weight_.cols] = Element{0};
+    std::fill(out + weight_.cols, out + round_up(weight_.cols, tile_.wide), Element{0});
   }
-}
-
-// Reads the block once in the order in which it lies, which the hardware can foresee; reading column strips it cannot.
-template <class Element>
-void Sweep<Element>::touch(std::size_t begin, std::size_t count) const {
-  const std::size_t bytes = weight_.cols * size_of(weight_.dtype);
-  const auto* data = static_cast<const volatile char*>(weight_.data) + begin * bytes;
-  for (std::size_t i = 0; i < count * bytes; i += 64) static_cast<void>(data[i]);
 }
 
 template <class Element>
@@ -164,7 +200,7 @@ void Sweep<Element>::pack_x(const Element* x, std::size_t stride, std::size_t k,
     for (std::size_t group = 0; group < groups.count; ++group) {
       const std::size_t lanes = groups.size(group);
       Element* out = packed_x_.data() + groups.begin(group) * steps_ * depth + begin * lanes;
-      pack(kernels_, x + begin * stride + groups.begin(group), stride, end - begin, lanes, lanes, out);
+      pack(kernels_, x + begin * stride + groups.begin(group), stride, end - begin, lanes, out);
       if (x_scale != 1.0f) {
         for (std::size_t i = 0; i < round_up(end - begin, depth) * lanes; ++i) {
           out[i] = to_element<Element>(to_float(out[i]) * x_scale);
@@ -175,7 +211,8 @@ void Sweep<Element>::pack_x(const Element* x, std::size_t stride, std::size_t k,
 }
 
 template <class Element>
-void Sweep<Element>::multiply_rows(std::size_t count, std::size_t k, Lane& lane) const {
+void Sweep<Element>::multiply_rows(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, Element* y,
+                                   std::size_t y_stride) const {
   const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
   const std::size_t piece = std::max<std::size_t>(16, kXBytes / (k * depth * sizeof(Element)));
@@ -188,33 +225,17 @@ void Sweep<Element>::multiply_rows(std::size_t count, std::size_t k, Lane& lane)
                groups.vectors_of(group));
     }
   }
-}
-
-template <class Element>
-void Sweep<Element>::pack_y(const Element* y, std::size_t y_stride, std::size_t count, std::size_t k,
-                            Lane& lane) const {
-  const Groups groups(k, tile_);
-  for (std::size_t group = 0; group < groups.count; ++group) {
-    const std::size_t lanes = groups.size(group);
-    pack(kernels_, y + groups.begin(group), y_stride, count, lanes, lanes,
-         lane.packed_y.data() + groups.begin(group) * block_rows_);
+  for (std::size_t i = 0; i < count; ++i) {
+    round_to(kernels_, lane.sums.data() + i * k, y + (begin + i) * y_stride, k);
   }
 }
 
 template <class Element>
-void Sweep<Element>::multiply_columns(std::size_t count, std::size_t k, const Lane& lane, float* z) const {
-  const Groups groups(k, tile_);
-  const std::size_t depth = tile_.depth;
-  const std::size_t steps = (count + depth - 1) / depth;
-  alignas(64) Element packed[kStrip * kMaxBlockRows];  // [step][column][depth]
-  for (std::size_t begin = 0; begin < weight_.cols; begin += kStrip) {
-    const std::size_t size = std::min(kStrip, weight_.cols - begin);
-    pack(kernels_, lane.rows + begin, row_stride_, count, size, kStrip, packed);
-    for (std::size_t group = 0; group < groups.count; ++group) {
-      tile_.accumulate(packed, depth, kStrip * depth, lane.packed_y.data() + groups.begin(group) * block_rows_, steps,
-                       z + begin * k + groups.begin(group), k, size, groups.vectors_of(group));
-    }
-  }
+void Sweep<Element>::multiply_columns(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, const Element* y,
+                                      std::size_t y_stride, float* part) const {
+  pack(kernels_, y + begin * y_stride, y_stride, count, k, lane.packed_y.data());
+  tile_.add_transposed(lane.packed_y.data(), k, lane.rows, row_stride_, count, round_up(weight_.cols, tile_.wide), part,
+                       z_stride_);
 }
 
 template class Sweep<float>;

@@ -17,14 +17,18 @@ std::size_t rows_per_block(std::size_t n) {
   return round_up(std::max<std::size_t>(64, (n + kBlocks - 1) / kBlocks), 2);
 }
 
-// c (p × q) = the sum of the blocks' partial products, in their order.
+// c (p × q) = the sum of the blocks' partial products, whose columns are p_stride apart, in their order.
 template <class T>
-void add_up(ThreadPool& pool, const T* partial, std::size_t blocks, std::size_t p, std::size_t q, double* c) {
+void add_up(ThreadPool& pool, const T* partial, std::size_t blocks, std::size_t p, std::size_t p_stride, std::size_t q,
+            double* c) {
   pool.run((q + 7) / 8, [&](std::size_t task) {
-    const std::size_t begin = task * 8 * p, end = std::min(q, (task + 1) * 8) * p;
-    std::fill(c + begin, c + end, 0.0);
+    const std::size_t begin = task * 8, end = std::min(q, begin + 8);
+    std::fill(c + begin * p, c + end * p, 0.0);
     for (std::size_t block = 0; block < blocks; ++block) {
-      for (std::size_t i = begin; i < end; ++i) c[i] += static_cast<double>(partial[block * p * q + i]);
+      for (std::size_t j = begin; j < end; ++j) {
+        const T* column = partial + (block * q + j) * p_stride;
+        for (std::size_t i = 0; i < p; ++i) c[j * p + i] += static_cast<double>(column[i]);
+      }
     }
   });
 }
@@ -35,30 +39,21 @@ template <class Element>
 void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t p,
                    const Element* b, std::size_t q, std::size_t stride, double* c) {
   const Tile& tile = tile_for<Element>(kernels);
-  const std::size_t depth = tile.depth;
-  const Groups groups(p, tile);
-  const std::size_t rows = rows_per_block(n);
-  const std::size_t blocks = (n + rows - 1) / rows;
-  Buffer<float> partial(pool.scratch(), blocks * p * q);
+  const std::size_t rows = rows_per_block(n), blocks = (n + rows - 1) / rows;
+  const std::size_t width = round_up(p, tile.wide);
+  Buffer<float> partial(pool.scratch(), blocks * width * q);
   pool.run(blocks, [&](std::size_t block) {
-    const std::size_t begin = block * rows;
-    const std::size_t end = std::min(n, begin + rows);
-    float* out = partial.data() + block * p * q;
-    std::memset(out, 0, sizeof(float) * p * q);
-    Buffer<Element> packed_a(pool.scratch(), kRowsPerPiece * p), packed_b(pool.scratch(), kRowsPerPiece * q);
+    const std::size_t begin = block * rows, end = std::min(n, begin + rows);
+    float* out = partial.data() + block * width * q;
+    std::memset(out, 0, sizeof(float) * width * q);
+    Buffer<Element> packed(pool.scratch(), kRowsPerPiece * q);
     for (std::size_t at = begin; at < end; at += kRowsPerPiece) {
       const std::size_t count = std::min(kRowsPerPiece, end - at);
-      const std::size_t steps = (count + depth - 1) / depth;
-      pack(kernels, b + at * stride, stride, count, q, q, packed_b.data());
-      for (std::size_t group = 0; group < groups.count; ++group) {
-        const std::size_t lanes = groups.size(group);
-        pack(kernels, a + at * stride + groups.begin(group), stride, count, lanes, lanes, packed_a.data());
-        tile.accumulate(packed_b.data(), depth, q * depth, packed_a.data(), steps, out + groups.begin(group), p, q,
-                        groups.vectors_of(group));
-      }
+      pack(kernels, b + at * stride, stride, count, q, packed.data());
+      tile.add_transposed(packed.data(), q, a + at * stride, stride, count, width, out, width);
     }
   });
-  add_up(pool, partial.data(), blocks, p, q, c);
+  add_up(pool, partial.data(), blocks, p, width, q, c);
 }
 
 void exact_cross_product(ThreadPool& pool, std::size_t n, const float* a, std::size_t p, const float* b, std::size_t q,
@@ -81,57 +76,44 @@ void exact_cross_product(ThreadPool& pool, std::size_t n, const float* a, std::s
                    partial.data() + block * p * q, p);
     }
   });
-  add_up(pool, partial.data(), blocks, p, q, c);
+  add_up(pool, partial.data(), blocks, p, p, q, c);
 }
 
-template <class Operand>
-RightFactor<Operand>::RightFactor(const Kernels& kernels, ThreadPool& pool, std::size_t p, const double* b,
+template <class Element>
+RightFactor<Element>::RightFactor(const Kernels& kernels, ThreadPool& pool, std::size_t p, const double* b,
                                   std::size_t q)
-    : kernels_(kernels), pool_(pool), p_(p), width_(round_up(q, 16)), packed_(pool.scratch(), p * width_) {
-  const Tile& tile = tile_for<Operand>(kernels);
+    : kernels_(kernels), p_(p), width_(round_up(q, 16)), packed_(pool.scratch(), p * width_) {
+  const Tile& tile = tile_for<Element>(kernels);
   const std::size_t depth = tile.depth;
   const Groups groups(width_, tile);
   pool.run(groups.count, [&](std::size_t group) {
     const std::size_t lanes = groups.size(group);
-    Operand* out = packed_.data() + p * groups.begin(group);
+    Element* out = packed_.data() + p * groups.begin(group);
     for (std::size_t lane = 0; lane < lanes; ++lane) {
       const std::size_t column = groups.begin(group) + lane;
       for (std::size_t i = 0; i < p; ++i) {
         const double value = column < q ? b[column * p + i] : 0;
-        out[(i / depth * lanes + lane) * depth + i % depth] = to_element<Operand>(static_cast<float>(value));
+        out[(i / depth * lanes + lane) * depth + i % depth] = to_element<Element>(static_cast<float>(value));
       }
     }
   });
 }
 
-template <class Operand>
 template <class Element>
-void RightFactor<Operand>::add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c,
+void RightFactor<Element>::add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c,
                                        std::size_t c_stride) const {
-  constexpr bool kWidens = !std::is_same_v<Operand, Element>;
-  const Tile& tile = tile_for<Operand>(kernels_);
+  const Tile& tile = tile_for<Element>(kernels_);
   const Groups groups(width_, tile);
-  Buffer<Operand> wide(pool_.scratch(), kWidens ? rows * p_ : 0);
-  const Operand* operand = nullptr;
-  if constexpr (kWidens) {
-    for (std::size_t i = 0; i < rows; ++i) {
-      kernels_.widen(a + i * a_stride, DType::bf16, wide.data() + i * p_, p_);
-    }
-    operand = wide.data();
-    a_stride = p_;
-  } else {
-    operand = a;
-  }
   for (std::size_t group = 0; group < groups.count; ++group) {
-    tile.accumulate(operand, a_stride, tile.depth, packed_.data() + p_ * groups.begin(group), p_ / tile.depth,
+    tile.accumulate(a, a_stride, tile.depth, packed_.data() + p_ * groups.begin(group), p_ / tile.depth,
                     c + groups.begin(group), c_stride, rows, groups.vectors_of(group));
   }
 }
 
-template <class Operand, class Element>
+template <class Element>
 Buffer<float> multiply(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t a_stride,
                        std::size_t p, const double* b, std::size_t q) {
-  const RightFactor<Operand> factor(kernels, pool, p, b, q);
+  const RightFactor<Element> factor(kernels, pool, p, b, q);
   const std::size_t width = factor.width();
   Buffer<float> c(pool.scratch(), n * width);
   pool.run((n + kRowsPerProduct - 1) / kRowsPerProduct, [&](std::size_t task) {
@@ -148,16 +130,9 @@ template void cross_product(const Kernels&, ThreadPool&, std::size_t, const std:
                             const std::uint16_t*, std::size_t, std::size_t, double*);
 template class RightFactor<float>;
 template class RightFactor<std::uint16_t>;
-template void RightFactor<float>::add_product(const float*, std::size_t, std::size_t, float*, std::size_t) const;
-template void RightFactor<float>::add_product(const std::uint16_t*, std::size_t, std::size_t, float*,
-                                              std::size_t) const;
-template void RightFactor<std::uint16_t>::add_product(const std::uint16_t*, std::size_t, std::size_t, float*,
-                                                      std::size_t) const;
-template Buffer<float> multiply<float>(const Kernels&, ThreadPool&, std::size_t, const float*, std::size_t, std::size_t,
-                                       const double*, std::size_t);
-template Buffer<float> multiply<float>(const Kernels&, ThreadPool&, std::size_t, const std::uint16_t*, std::size_t,
-                                       std::size_t, const double*, std::size_t);
-template Buffer<float> multiply<std::uint16_t>(const Kernels&, ThreadPool&, std::size_t, const std::uint16_t*,
-                                               std::size_t, std::size_t, const double*, std::size_t);
+template Buffer<float> multiply(const Kernels&, ThreadPool&, std::size_t, const float*, std::size_t, std::size_t,
+                                const double*, std::size_t);
+template Buffer<float> multiply(const Kernels&, ThreadPool&, std::size_t, const std::uint16_t*, std::size_t,
+                                std::size_t, const double*, std::size_t);
 
 }  // namespace pissa

@@ -10,8 +10,11 @@
 
 namespace pissa {
 
-// c (p × q, column-major) = aᵀ·b for a (n × p) and b (n × q) of the same stride. Blocks are multiplied in float and
-// added in double in the order of the rows, whatever the threads.
+// Products read whole vectors: up to so many elements beyond a row, and so beyond the last one, must be there.
+constexpr std::size_t kReadBeyond = 16;
+
+// c (p × q, column-major) = aᵀ·b for a (n × p, and kReadBeyond) and b (n × q) of the same stride. Blocks are multiplied
+// in float and added in double in the order of the rows, whatever the threads.
 template <class Element>
 void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t p,
                    const Element* b, std::size_t q, std::size_t stride, double* c);
@@ -20,30 +23,28 @@ void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, cons
 void exact_cross_product(ThreadPool& pool, std::size_t n, const float* a, std::size_t p, const float* b, std::size_t q,
                          std::size_t stride, double* c);
 
-// A narrow matrix b (p × q, column-major), rounded to Operand, as the right factor of products. Its columns are padded
+// A narrow matrix b (p × q, column-major), rounded to Element, as the right factor of products. Its columns are padded
 // with zeros to `width`, a multiple of 16.
-template <class Operand>
+template <class Element>
 class RightFactor {
  public:
   RightFactor(const Kernels& kernels, ThreadPool& pool, std::size_t p, const double* b, std::size_t q);
   std::size_t width() const { return width_; }
 
-  // c (rows × width) += a·b for a (rows × p), which is widened to Operand where it is narrower.
-  template <class Element>
+  // c (rows × width) += a·b for a (rows × p).
   void add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c, std::size_t c_stride) const;
 
  private:
   const Kernels& kernels_;
-  ThreadPool& pool_;
   std::size_t p_, width_;
-  Buffer<Operand> packed_;  // [group][step][column][depth]
+  Buffer<Element> packed_;  // [group][step][column][depth]
 };
 
 // Row ranges of products are done in tasks of so many.
 constexpr std::size_t kRowsPerProduct = 64;
 
 // a·b, row-major with stride q rounded up to 16, for a (n × p) and b (p × q, column-major).
-template <class Operand, class Element>
+template <class Element>
 Buffer<float> multiply(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t a_stride,
                        std::size_t p, const double* b, std::size_t q);
 

@@ -110,7 +110,7 @@ void subtract(void* w, DType dtype, const void* product, std::size_t count, floa
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2",       make_tile<Float8, 4, 3>(), make_tile<Double4, 4, 3>(), nullptr, widen, subtract,
-                       max_magnitude};
+const Kernels kAvx2 = {
+    "avx2", make_tile<Float8, 4, 3, 6>(), make_tile<Double4, 4, 3, 6>(), nullptr, widen, subtract, max_magnitude};
 
 }  // namespace pissa

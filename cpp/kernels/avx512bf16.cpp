@@ -22,34 +22,39 @@ struct Bf16Pair16 {
     return reinterpret_cast<Operand>(_mm512_set1_epi32(pair));
   }
   static Register multiply_add(Operand a, Operand b, Register c) { return _mm512_dpbf16_ps(c, a, b); }
+  // Which elements of two rows make up the pairs of columns [first, first + 16).
+  static __m512i pairs_of(short first) {
+    const __m512i pairs = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return _mm512_add_epi16(pairs, _mm512_set1_epi16(first));
+  }
+  static void load_pairs(const Element* even, const Element* odd, Operand (&out)[2]) {
+    const __m512i a = _mm512_loadu_si512(even);
+    const __m512i b = odd != nullptr ? _mm512_loadu_si512(odd) : _mm512_setzero_si512();
+    out[0] = reinterpret_cast<Operand>(_mm512_permutex2var_epi16(a, pairs_of(0), b));
+    out[1] = reinterpret_cast<Operand>(_mm512_permutex2var_epi16(a, pairs_of(16), b));
+  }
 };
 
-void pack_pairs(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns, std::size_t width,
-                std::uint16_t* dst, std::size_t strip_stride) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+void pack_pairs(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns,
+                std::uint16_t* dst) {
   for (std::size_t i = 0; i < rows; i += 2) {
     const std::uint16_t* even = src + i * stride;
-    const std::uint16_t* odd = even + stride;
-    for (std::size_t begin = 0; begin < columns; begin += width) {
-      std::uint16_t* out = dst + begin / width * strip_stride + i * width;
-      std::size_t j = 0;
-      for (; j + 32 <= width; j += 32) {
-        const std::size_t left = begin + j < columns ? columns - begin - j : 0;
-        const __mmask32 lanes = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-        const __m512i a = _mm512_maskz_loadu_epi16(lanes, even + begin + j);
-        const __m512i b = _mm512_maskz_loadu_epi16(i + 1 < rows ? lanes : __mmask32{0}, odd + begin + j);
-        _mm512_storeu_si512(out + 2 * j, _mm512_permutex2var_epi16(a, low, b));
-        _mm512_storeu_si512(out + 2 * j + 32, _mm512_permutex2var_epi16(a, high, b));
-      }
-      if (j < width) {
-        const __mmask16 lanes = begin + j < columns ? first_lanes(columns - begin - j) : __mmask16{0};
-        const __m512i a = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(lanes, even + begin + j));
-        const __m512i b =
-            _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(i + 1 < rows ? lanes : __mmask16{0}, odd + begin + j));
-        _mm512_storeu_si512(out + 2 * j, _mm512_permutex2var_epi16(a, low, b));
-      }
+    const bool whole = i + 1 < rows;
+    std::size_t j = 0;
+    for (; j + 32 <= columns; j += 32, dst += 64) {
+      Bf16Pair16::Operand pairs[2];
+      Bf16Pair16::load_pairs(even + j, whole ? even + stride + j : nullptr, pairs);
+      _mm512_storeu_si512(dst, reinterpret_cast<__m512i>(pairs[0]));
+      _mm512_storeu_si512(dst + 32, reinterpret_cast<__m512i>(pairs[1]));
+    }
+    if (j < columns) {
+      const auto half = [](const std::uint16_t* p) {
+        return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      };
+      const __m512i odd = whole ? half(even + stride + j) : _mm512_setzero_si512();
+      _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(half(even + j), Bf16Pair16::pairs_of(0), odd));
+      dst += 32;
     }
   }
 }
@@ -61,11 +66,12 @@ void narrow(const float* src, std::uint16_t* dst, std::size_t count) {
   }
 }
 
-constexpr Bf16Kernels kBf16 = {make_tile<Bf16Pair16, 8, 3>(), narrow, pack_pairs};
+constexpr Bf16Kernels kBf16 = {make_tile<Bf16Pair16, 8, 3, 12>(), narrow, pack_pairs};
 
 }  // namespace
 
 const Kernels kAvx512Bf16 = {
-    "avx512bf16", make_tile<Float16, 8, 3>(), make_tile<Double8, 8, 3>(), &kBf16, widen, subtract, max_magnitude};
+    "avx512bf16", make_tile<Float16, 8, 3, 12>(), make_tile<Double8, 8, 3, 12>(), &kBf16, widen, subtract,
+    max_magnitude};
 
 }  // namespace pissa

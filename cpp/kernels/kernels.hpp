@@ -20,6 +20,11 @@ namespace pissa {
 using StripFunction = void (*)(const void* a, std::size_t a_row, std::size_t a_step, const void* b, std::size_t steps,
                                void* c, std::size_t c_row, std::size_t rows, std::size_t vectors);
 
+// C += Aᵀ·B, C being k × `columns` and A and B having `rows` rows: A is packed as [step][column][depth] with zeros past
+// the last row, and B's rows lie as they are, `b_row` apart.
+using TransposedFunction = void (*)(const void* a, std::size_t k, const void* b, std::size_t b_row, std::size_t rows,
+                                    std::size_t columns, void* c, std::size_t c_row);
+
 // The inner dimension advances `depth` elements at a time (2 where an instruction multiplies pairs of bf16). An
 // operand element of A for row i and step s lies at a[i·a_row + s·a_step] (and the `depth - 1` after it); B is packed
 // as [step][column][depth]; C is float, or double for the operand type double.
@@ -30,6 +35,8 @@ struct Tile {
   std::size_t vectors;  // at most
   StripFunction assign;
   StripFunction accumulate;
+  std::size_t wide;  // add_transposed's columns of B and C come in multiples of it
+  TransposedFunction add_transposed;
 };
 
 // Sums of squares are of values times `scale`, a power of two near 1/σ₁ that keeps them inside float's range.
@@ -43,10 +50,9 @@ struct Bf16Kernels {
   Tile tile;
   // dst[i] = src[i] as bf16, to nearest even.
   void (*narrow)(const float* src, std::uint16_t* dst, std::size_t count);
-  // [rows][columns] with row stride → strips of `width` columns, each [(rows+1)/2][width][2] and `strip_stride`
-  // elements after the one before; rows past the end and columns past the last are zero. width is a multiple of 16.
+  // [rows][columns] with row stride → [(rows+1)/2][columns][2], zero past the last row. `columns` is a multiple of 16.
   void (*pack_pairs)(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns,
-                     std::size_t width, std::uint16_t* dst, std::size_t strip_stride);
+                     std::uint16_t* dst);
 };
 
 struct Kernels {

@@ -65,7 +65,7 @@ void subtract(void* w, DType dtype, const void* product, std::size_t count, floa
 }  // namespace
 
 const Kernels kPortable = {
-    "portable",   make_tile<Plain<float>, 2, 2>(), make_tile<Plain<double>, 2, 2>(), nullptr, widen, subtract,
+    "portable",   make_tile<Plain<float>, 2, 2, 2>(), make_tile<Plain<double>, 2, 2, 2>(), nullptr, widen, subtract,
     max_magnitude};
 
 }  // namespace pissa

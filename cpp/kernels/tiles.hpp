@@ -97,14 +97,83 @@ void multiply_strip(const void* a, std::size_t a_row, std::size_t a_step, const 
   }
 }
 
-template <class Op, std::size_t Rows, std::size_t Vectors>
+// Two vectors of columns of a row, or of the pairs that it makes with the next one (null: zeros).
+template <class Op>
+void load_columns(const typename Op::Element* row, const typename Op::Element* next, typename Op::Operand (&out)[2]) {
+  if constexpr (Op::kDepth == 1) {
+    out[0] = Op::load(row);
+    out[1] = Op::load(row + Op::kWidth);
+  } else {
+    Op::load_pairs(row, next, out);
+  }
+}
+
+// Rows of C that are two vectors wide: B's rows are the vectors, A's elements are broadcast.
+template <class Op, std::size_t Rows>
+void transposed_tile(const typename Op::Element* a, std::size_t a_step, const typename Op::Element* b,
+                     std::size_t b_row, std::size_t rows, typename Op::Sum* c, std::size_t c_row) {
+  typename Op::Register sum[Rows][2];
+#pragma GCC unroll 16
+  for (std::size_t i = 0; i < Rows; ++i) {
+    sum[i][0] = Op::load_sum(c + i * c_row);
+    sum[i][1] = Op::load_sum(c + i * c_row + Op::kWidth);
+  }
+  const auto step = [&](const typename Op::Element* next) {
+    typename Op::Operand column[2];
+    load_columns<Op>(b, next, column);
+#pragma GCC unroll 16
+    for (std::size_t i = 0; i < Rows; ++i) {
+      const typename Op::Operand row = Op::broadcast(a + i * Op::kDepth);
+      sum[i][0] = Op::multiply_add(row, column[0], sum[i][0]);
+      sum[i][1] = Op::multiply_add(row, column[1], sum[i][1]);
+    }
+    a += a_step;
+    b += Op::kDepth * b_row;
+  };
+  for (std::size_t s = 0; s < rows / Op::kDepth; ++s) step(b + b_row);
+  if (rows % Op::kDepth != 0) step(nullptr);
+#pragma GCC unroll 16
+  for (std::size_t i = 0; i < Rows; ++i) {
+    Op::store_sum(c + i * c_row, sum[i][0]);
+    Op::store_sum(c + i * c_row + Op::kWidth, sum[i][1]);
+  }
+}
+
+template <class Op, std::size_t... Index>
+constexpr auto transposed_tiles_of_rows(std::index_sequence<Index...>) {
+  return std::array{transposed_tile<Op, Index + 1>...};
+}
+
+// Pieces of columns that the groups of C's rows pass over one after the other come from the second-level cache once.
+template <class Op, std::size_t Rows>
+void add_transposed(const void* a, std::size_t k, const void* b, std::size_t b_row, std::size_t rows,
+                    std::size_t columns, void* c, std::size_t c_row) {
+  static constexpr auto kTiles = transposed_tiles_of_rows<Op>(std::make_index_sequence<Rows>());
+  constexpr std::size_t kWide = 2 * Op::kWidth, kPiece = 4 * kWide;
+  const std::size_t groups = (k + Rows - 1) / Rows;
+  for (std::size_t at = 0; at < columns; at += kPiece) {
+    const std::size_t stop = columns - at < kPiece ? columns : at + kPiece;
+    for (std::size_t group = 0; group < groups; ++group) {
+      const std::size_t begin = k * group / groups, end = k * (group + 1) / groups;
+      for (std::size_t j = at; j < stop; j += kWide) {
+        kTiles[end - begin - 1](static_cast<const typename Op::Element*>(a) + begin * Op::kDepth, k * Op::kDepth,
+                                static_cast<const typename Op::Element*>(b) + j, b_row, rows,
+                                static_cast<typename Op::Sum*>(c) + begin * c_row + j, c_row);
+      }
+    }
+  }
+}
+
+template <class Op, std::size_t Rows, std::size_t Vectors, std::size_t TransposedRows>
 constexpr Tile make_tile() {
   return {Op::kDepth,
           Op::kWidth,
           Rows,
           Vectors,
           multiply_strip<Op, Rows, Vectors, false>,
-          multiply_strip<Op, Rows, Vectors, true>};
+          multiply_strip<Op, Rows, Vectors, true>,
+          2 * Op::kWidth,
+          add_transposed<Op, TransposedRows>};
 }
 
 // The rest is written for one value and left to the compiler, which has the instruction set's vectors.

@@ -5,6 +5,7 @@
 #include "matrices.hpp"
 #include "orthonormalize.hpp"
 #include "packing.hpp"
+#include "tall.hpp"
 
 using namespace pissa;
 
@@ -22,7 +23,7 @@ void check_extension(const Kernels& kernels, Kind kind, std::size_t n, std::size
   std::vector<std::vector<Element>> results;
   for (unsigned threads = 1; threads <= 3; ++threads) {
     ThreadPool pool(threads);
-    std::vector<Element> x(n * stride);
+    std::vector<Element> x(n * stride + kReadBeyond);
     std::vector<float> z(n * k);
     for (std::size_t done = 0; done < p; done += k) {
       for (std::size_t i = 0; i < z.size(); ++i) z[i] = random_value(done + 1, i);
@@ -58,17 +59,25 @@ void check_extension(const Kernels& kernels, Kind kind, std::size_t n, std::size
         worst = std::max(worst, std::fabs(sum - (a == b)));
       }
     }
-    for (std::size_t i = 0; i < n; ++i) {
-      for (std::size_t j = 0; j < k; ++j) {
-        double sum = 0;
-        for (std::size_t a = 0; a < stride; ++a) {
-          const double coefficient = a < p ? step.projection[j * p + a] : step.remainder[j * k + a - p];
-          sum += static_cast<double>(to_float(x[i * stride + a])) * coefficient;
+    // What is not block·remainder has no part outside the basis.
+    for (std::size_t j = 0; j < k; ++j) {
+      std::vector<double> rest(n);
+      for (std::size_t i = 0; i < n; ++i) {
+        const double original = static_cast<double>(before[i * k + j]);
+        rest[i] = original;
+        for (std::size_t a = 0; a < k; ++a) {
+          rest[i] -= static_cast<double>(to_float(x[i * stride + p + a])) * step.remainder[j * k + a];
         }
-        const double original = before[i * k + j];
-        off += (sum - original) * (sum - original);
         size += original * original;
       }
+      for (int twice = 0; twice < 2; ++twice) {
+        for (std::size_t a = 0; a < p; ++a) {
+          double sum = 0;
+          for (std::size_t i = 0; i < n; ++i) sum += static_cast<double>(to_float(x[i * stride + a])) * rest[i];
+          for (std::size_t i = 0; i < n; ++i) rest[i] -= static_cast<double>(to_float(x[i * stride + a])) * sum;
+        }
+      }
+      for (const double value : rest) off += value * value;
     }
     CHECK(worst < kRounding<Element>, "%s kind %d: orthonormal to %g", kernels.name, static_cast<int>(kind), worst);
     CHECK(off < size * kRounding<Element> * kRounding<Element>, "%s kind %d: off by %g", kernels.name,
