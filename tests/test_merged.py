@@ -493,3 +493,47 @@ def test_llm_like_weights_of_16_bits_are_within_half_a_step(tmp_path: Path) -> N
     stored = load_all(tmp_path / "out")["m.q_proj.weight"].double().numpy()
     step = 2.0 ** (np.floor(np.log2(np.abs(exact))) - 7)
     assert (np.abs(stored - exact) <= 0.5001 * step + 1e-7).all()
+
+
+_UNABLE = {
+    "mixtral": "target_parameters",
+    "qwen3_moe": "target_parameters",
+    "olmoe": "target_parameters",
+    "deepseek_v3": "target_parameters",
+    "nomic_bert": "no weight for it",
+}
+"""What is refused: PEFT adapts the fused experts of these, and renames the layers of the last."""
+
+_NOT_BY_PEFT = ("bert tagger", "bert reader", "phimoe", "mamba")
+"""PEFT 0.21 does not make, or not run, an adapter for all linear layers of these."""
+
+_UNUSED = {"siglip": r".*head\.attention\.out_proj"}
+"""Layers whose weight torch's attention reads itself: a live adapter on them has no effect, and a merged one has."""
+
+
+@pytest.mark.parametrize("name", [name for name in peft_models.NAMES if name not in _NOT_BY_PEFT])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT, of its own keys
+def test_every_architecture_s_layers_are_found_by_their_names(name: str, tmp_path: Path) -> None:
+    """Names on disk against names at run time: transformers and PEFT are the oracle for both."""
+    peft_models.save(name, tmp_path / "model")
+    model = peft_models.load(tmp_path / "model").eval()
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=2,
+        lora_alpha=2,
+        target_modules="all-linear",
+        exclude_modules=_UNUSED.get(name),
+        init_lora_weights=False,
+        task_type=peft_models.task_of(tmp_path / "model"),
+    )
+    peft = get_peft_model(model, config).eval()
+    wanted = peft_models.outputs(name, peft)
+    peft.save_pretrained(tmp_path / "adapter")
+    if name in _UNABLE:
+        with pytest.raises(RequestError, match=_UNABLE[name]):
+            to_merged(tmp_path / "model", tmp_path / "out", tmp_path / "adapter")
+        return
+    to_merged(tmp_path / "model", tmp_path / "out", tmp_path / "adapter")
+    found = peft_models.outputs(name, peft_models.load(tmp_path / "out").eval())
+    assert difference(found, wanted) < 1e-5

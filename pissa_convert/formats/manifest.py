@@ -137,7 +137,7 @@ def read_manifest(path: Path) -> Manifest:
             head={name: entries[name] for name in ("tool", "version", "to", "backend", "options")},
             source=_records(entries["source"]),
             output=_records(entries["output"]),
-            tensors=_tensors(entries["tensors"], _ENTRY_KEYS[entries["to"]]),
+            tensors=_tensors(entries["tensors"], _ENTRY_KEYS.get(entries["to"], {})),
             base=_records(entries.get("base", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
