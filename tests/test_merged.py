@@ -513,7 +513,7 @@ _UNUSED = {"siglip": r".*head\.attention\.out_proj"}
 
 @pytest.mark.parametrize("name", [name for name in peft_models.NAMES if name not in _NOT_BY_PEFT])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT, of its own keys
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # PEFT, of its own keys
 def test_every_architecture_s_layers_are_found_by_their_names(name: str, tmp_path: Path) -> None:
     """Names on disk against names at run time: transformers and PEFT are the oracle for both."""
     peft_models.save(name, tmp_path / "model")
