@@ -72,6 +72,13 @@ def stored_init(path: Path) -> Init:
         RequestError: there is none, or it is none that can be subtracted.
     """
     root = path if (path / CONFIG_NAME).is_file() or not (path / ADAPTER_FOLDER).is_dir() else path / ADAPTER_FOLDER
+    if not (root / WEIGHTS_NAME).exists() and split_manifest(path) is not None:
+        raise RequestError(
+            "the initial adapter is missing",
+            file=path,
+            expected=_RECORD,
+            fix="add --base with the original model to derive it again",
+        )
     folder = open_adapter(root, "--init")
     manifest = split_manifest(root.parent) if root.name == ADAPTER_FOLDER else None
     base = folder.config.get("base_model_name_or_path")
