@@ -256,7 +256,7 @@ def test_the_init_is_derived_again_to_the_byte_and_gives_the_same_lora(journey: 
     remains = tmp_path / "remains"
     remains.mkdir()
     shutil.copy(journey.split / "pissa_convert.json", remains)
-    with pytest.raises(RequestError, match="the initial adapter is missing.*--base"):
+    with pytest.raises(RequestError, match=r"the initial adapter is missing.*--base"):
         convert(journey.trained, tmp_path / "a", "lora", init=remains)
     by_manifest = convert(journey.trained, tmp_path / "a", "lora", base=journey.model, init=remains)
     alone = convert(journey.trained, tmp_path / "b", "lora", base=journey.model)
