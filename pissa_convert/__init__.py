@@ -12,16 +12,42 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PissaError", "Plan", "Report", "Split", "Verification", "__version__", "convert", "plan", "split", "verify"]
+__all__ = [
+    "LoraPlan",
+    "LoraReport",
+    "MergePlan",
+    "MergeReport",
+    "PissaError",
+    "Plan",
+    "Report",
+    "Split",
+    "Verification",
+    "__version__",
+    "convert",
+    "plan",
+    "split",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from pissa_convert.api import Split, convert, plan, split, verify
     from pissa_convert.engine.verify import Verification
     from pissa_convert.errors import PissaError
+    from pissa_convert.lora_plan import LoraPlan
+    from pissa_convert.merge_plan import MergePlan
     from pissa_convert.planning import Plan
-    from pissa_convert.report import Report
+    from pissa_convert.report import LoraReport, MergeReport, Report
 
-_HOMES = {"PissaError": "errors", "Plan": "planning", "Report": "report", "Verification": "engine.verify"}
+_HOMES = {
+    "LoraPlan": "lora_plan",
+    "LoraReport": "report",
+    "MergePlan": "merge_plan",
+    "MergeReport": "report",
+    "PissaError": "errors",
+    "Plan": "planning",
+    "Report": "report",
+    "Verification": "engine.verify",
+}
 
 
 def __getattr__(name: str) -> Any:

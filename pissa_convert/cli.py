@@ -20,18 +20,7 @@ if TYPE_CHECKING:
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE_UNITS |= {f"{unit}i": 1024 ** (power + 1) for power, unit in enumerate("KMGT")}
 
-TARGETS = ("pissa",)
-_SPLITTING = ("pissa",)
-_APPLIES_TO = {
-    "rank": _SPLITTING,
-    "alpha": _SPLITTING,
-    "rslora": _SPLITTING,
-    "target_modules": _SPLITTING,
-    "exclude_modules": _SPLITTING,
-    "adapter_dtype": _SPLITTING,
-    "passes": _SPLITTING,
-}
-"""The targets that each option means something for; options not named here are common to all."""
+TARGETS = ("pissa", "lora", "merged")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +36,7 @@ def _size(text: str) -> int:
     return int(float(number) * _SIZE_UNITS[unit.capitalize()])
 
 
-def _passes(text: str) -> int | str:
+def _count_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
@@ -55,55 +44,102 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pissa-convert",
         description="PiSSA as file surgery: split a safetensors model into a residual model and its principal "
-        "adapter, tensor by tensor, in the memory of a few matrices. Interrupted at any moment, the same command "
-        "continues.",
+        "adapter, and turn what was trained into an ordinary LoRA or a merged model, tensor by tensor, in the memory "
+        "of a few matrices. Interrupted at any moment, the same command continues.",
         epilog="example: pissa-convert Llama-3.1-8B/ l8-pissa/ --to pissa --rank 64",
         usage="%(prog)s SOURCE DEST --to {" + ",".join(TARGETS) + "} [options]\n"
-        "       %(prog)s DEST --verify [--source SOURCE]",
+        "       %(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER]]",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder of a Hugging Face model; never written to")
+    parser.add_argument("source", metavar="SOURCE", help="folder of a model, or of a trained adapter; never written to")
     parser.add_argument("dest", metavar="DEST", help="folder to make")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to make")
-    common = parser.add_argument_group("for every target")
-    common.add_argument("--plan", action="store_true", help="print what would be done, write nothing")
-    common.add_argument("--seed", type=int, metavar="N", help="of all randomness (default 0)")
-    common.add_argument("--threads", type=int, metavar="N", help="default: every CPU this process may use")
-    common.add_argument("--max-memory", type=_size, metavar="SIZE", help="peak of memory to stay under, as in 2GiB")
-    common.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in DEST")
-    common.add_argument("--quiet", action="store_true", help="no progress and no closing lines")
-    common.add_argument("--log-json", metavar="FILE", help="write the run's report to FILE")
+    _add_common(parser.add_argument_group("for every target"))
     check = parser.add_argument_group("to check a result")
     check.add_argument("--verify", action="store_true", help="compare the files of DEST with its manifest's digests")
     check.add_argument(
-        "--source", dest="original", metavar="SOURCE", help="with --verify: compare every weight with the original's"
+        "--source",
+        dest="original",
+        metavar="SOURCE",
+        help="with --verify: compare with what was converted; a LoRA needs --init too, a merged model --adapter",
     )
-    split = parser.add_argument_group("for --to pissa")
-    split.add_argument("--rank", type=int, metavar="R", help="singular directions in the adapter (default 16)")
-    split.add_argument("--alpha", type=float, metavar="A", help="lora_alpha (default: the rank, so that s = 1)")
-    split.add_argument("--rslora", action="store_true", help="s = alpha/√rank instead of alpha/rank")
-    split.add_argument(
+    _add_splitting(parser.add_argument_group("for --to pissa: a model becomes residual and adapter"))
+    _add_lora(
+        parser.add_argument_group(
+            "for --to lora: a trained adapter becomes a LoRA for the original model",
+            "also --rank K, at most K in each module, or --rank auto; without it nothing is lost",
+        )
+    )
+    _add_merging(parser.add_argument_group("for --to merged: an adapter is added to a model", "also --dtype"))
+    return parser
+
+
+def _add_merging(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--adapter", metavar="ADAPTER", help="a LoRA for an original model, or a trained adapter for its residual"
+    )
+
+
+def _add_common(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--plan", action="store_true", help="print what would be done, write nothing")
+    group.add_argument("--threads", type=int, metavar="N", help="default: every CPU this process may use")
+    group.add_argument("--max-memory", type=_size, metavar="SIZE", help="peak of memory to stay under, as in 2GiB")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in DEST")
+    group.add_argument("--quiet", action="store_true", help="no progress and no closing lines")
+    group.add_argument("--log-json", metavar="FILE", help="write the run's report to FILE")
+
+
+def _add_splitting(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--rank", type=_count_or_auto, metavar="R", help="directions in the adapter (default 16)")
+    group.add_argument("--alpha", type=float, metavar="A", help="lora_alpha (default: the rank, so that s = 1)")
+    group.add_argument("--rslora", action="store_true", help="s = alpha/√rank instead of alpha/rank")
+    group.add_argument(
         "--target-modules",
         nargs="+",
         metavar="M",
         help="all-linear (default), a regular expression for whole module names, or names or name endings, as in PEFT",
     )
-    split.add_argument("--exclude-modules", nargs="+", metavar="M", help="what to leave as it is, in the same forms")
-    split.add_argument(
+    group.add_argument("--exclude-modules", nargs="+", metavar="M", help="what to leave as it is, in the same forms")
+    group.add_argument(
         "--adapter-dtype", metavar="DTYPE", help="float32 (default), bfloat16 or float16, of the adapter's file"
     )
-    split.add_argument(
-        "--passes", type=_passes, metavar="N", help="passes over each weight; auto (default) stops at 0.1%% of error"
+    group.add_argument(
+        "--passes",
+        type=_count_or_auto,
+        metavar="N",
+        help="passes over each weight; auto (default) stops at 0.1%% of error",
     )
-    return parser
+    group.add_argument("--seed", type=int, metavar="N", help="of all randomness (default 0)")
+
+
+def _add_lora(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--init", metavar="INIT", help="the adapter before training: the split's folder, or an adapter folder"
+    )
+    group.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="where that is lost: the original model, to split again (with --seed, --passes and --adapter-dtype as "
+        "then, or what is left of the split's folder as --init)",
+    )
+    group.add_argument(
+        "--tolerance", type=float, metavar="T", help="of --rank auto: each module's relative error (default 1e-3)"
+    )
+    group.add_argument("--uniform-rank", action="store_true", help="the same rank in every module")
+    group.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16, of the result")
 
 
 def _verify_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="pissa-convert", usage="%(prog)s DEST --verify [--source SOURCE] [--threads N] [--quiet]")
+    parser = _Parser(
+        prog="pissa-convert",
+        usage="%(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER]] [--threads N] [--quiet]",
+    )
     parser.add_argument("dest", metavar="DEST")
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--source", metavar="SOURCE")
+    parser.add_argument("--init", metavar="INIT")
+    parser.add_argument("--adapter", metavar="ADAPTER")
     parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("--quiet", action="store_true")
     return parser
@@ -137,12 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: dict[str, Any]) -> None:
-    to = given["to"]
     if "original" in given:
         raise RequestError("--source goes with --verify", fix="give SOURCE and DEST without it to convert")
-    for name, targets in _APPLIES_TO.items():
-        if name in given and to not in targets:
-            raise RequestError(f"--{name.replace('_', '-')} does not apply to --to {to}")
     only_plan, quiet, log = (given.pop(name, None) for name in ("plan", "quiet", "log_json"))
     overwrite = given.pop("overwrite", False)
     from pissa_convert.targets import parse_targets
@@ -165,6 +197,8 @@ def _run(given: dict[str, Any]) -> None:
                 file.write(json.dumps(report.as_json(), indent=2) + "\n")
         except OSError as error:
             raise PissaError(f"cannot write the report: {error.strerror}", file=log) from error
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if not quiet:
         print_report(report)
 
@@ -175,7 +209,9 @@ def _verify(given: argparse.Namespace) -> None:
     from pissa_convert.console import ProgressBar, print_verification
 
     bar = None if given.quiet or not sys.stderr.isatty() else ProgressBar()
-    found = api.verify(given.dest, given.source, threads=given.threads, progress=bar)
+    found = api.verify(
+        given.dest, given.source, init=given.init, adapter=given.adapter, threads=given.threads, progress=bar
+    )
     if not given.quiet:
         print_verification(found, given.source)
 

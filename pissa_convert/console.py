@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+from pissa_convert.report import LoraReport, MergeReport, Report
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tqdm import tqdm
 
     from pissa_convert.engine.verify import Verification
+    from pissa_convert.lora_plan import LoraPlan
+    from pissa_convert.merge_plan import MergePlan
     from pissa_convert.planning import Plan
-    from pissa_convert.report import Report, Timings
+    from pissa_convert.report import Timings
 
 
 class ProgressBar:
@@ -41,8 +45,71 @@ def _amount(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan | LoraPlan | MergePlan) -> None:
     """The plan on stdout: it is what was asked for, so it can be piped."""
+    from pissa_convert.lora_plan import LoraPlan
+    from pissa_convert.merge_plan import MergePlan
+
+    if isinstance(plan, LoraPlan):
+        _print_lora_plan(plan)
+    elif isinstance(plan, MergePlan):
+        _print_merge_plan(plan)
+    else:
+        _print_split_plan(plan)
+
+
+def _print_lora_plan(plan: LoraPlan) -> None:
+    from pissa_convert.estimate import estimate_lora_seconds
+
+    width = max(map(len, plan.ranks))
+    at_most = "at most " if plan.options.rank == "auto" else ""
+    for module in plan.modules:
+        ranks = f"rank {module.trained.rank} − rank {module.init.rank} → {at_most}rank {plan.ranks[module.name]}"
+        print(f"{'lora':6} {module.name:{width}}  {ranks}")
+    for key in plan.trained.carried:
+        print(f"{'copy':6} {key:{width}}  trained whole")
+    compute = estimate_lora_seconds(plan)
+    origin = "split again from" if plan.init.derivations else "as it is in"
+    print(
+        f"""
+modules    {len(plan.modules)}, and {len(plan.trained.carried)} tensors that were trained whole
+init       {origin} {plan.init.file}
+disk       {at_most}{sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
+memory     {plan.memory.peak} bytes at peak, {plan.in_flight} modules at once
+time       about {compute:.1f} s of computing"""
+    )
+
+
+def _print_merge_plan(plan: MergePlan) -> None:
+    from pissa_convert.estimate import estimate_merge_seconds
+    from pissa_convert.merge_plan import describe, shard_tensors
+
+    tensors = [tensor for shard in plan.shards for tensor in shard.source.tensors]
+    places = [place for shard in plan.shards for place in shard_tensors(shard.source, plan.options.dtype)[1]]
+    width = max(len(tensor.name) for tensor in tensors)
+    for tensor, place in zip(tensors, places, strict=True):
+        change = plan.changes.tensors.get(tensor.name)
+        action = "merge" if change is not None else "copy" if place.dtype == tensor.dtype else "cast"
+        dtype = "" if place.dtype == tensor.dtype else f"{tensor.dtype} → {place.dtype}"
+        said = [text for text in (describe(change) if change else "", dtype) if text]
+        print(f"{action:6} {tensor.name:{width}}  {', '.join(said)}")
+    compute = estimate_merge_seconds(plan)
+    moved = sum(shard.source.size + shard.size for shard in plan.shards)
+    if plan.beside is not None and plan.changes.head is not None:
+        untied = f"tied to {plan.changes.tied_to} no longer: {describe(plan.changes.head)}"
+        print(f"{'add':6} {'lm_head.weight':{width}}  {untied}")
+    print(
+        f"""
+merge      {len(plan.changes.tensors)} of {len(tensors)} tensors
+disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
+memory     {plan.memory.peak} bytes at peak ({_amount(plan.memory.budget)} in flight at most)
+time       about {compute:.1f} s of computing, beside moving {_amount(moved)}"""
+    )
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _print_split_plan(plan: Plan) -> None:
     from pissa_convert.estimate import estimate_seconds
 
     width = max(len(decision.tensor) for decision in plan.decisions)
@@ -63,17 +130,63 @@ time       about {compute:.0f} s of computing with {plan.backend}, beside moving
     )
 
 
-def print_report(report: Report) -> None:
+def print_report(report: Report | LoraReport | MergeReport) -> None:
     if report.complete_before:
         print(f"{report.dest} is complete already; every digest fits", file=sys.stderr)
-        return
-    timings = report.timings
+    elif isinstance(report, Report):
+        _print_split_report(report)
+    elif isinstance(report, LoraReport):
+        _print_lora_report(report)
+    else:
+        _print_merge_report(report)
+
+
+def _print_merge_report(report: MergeReport) -> None:
+    peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
+    print(
+        f"""{"continued and finished" if report.resumed else "finished"} {report.dest} in {report.wall_seconds:.1f} s: \
+{report.tensors} tensors changed{peak}
+{_stages(report.timings)}
+W + s·B·A within {report.relative_error:.1e}, its rounding""",
+        file=sys.stderr,
+    )
+
+
+def _stages(timings: Timings) -> str:
+    return (
+        f"read {_amount(timings.source_bytes)} in {timings.read_seconds:.1f} s, "
+        f"computed {timings.compute_seconds:.1f} s, "
+        f"wrote {_amount(timings.written_bytes)} in {timings.write_seconds:.1f} s, "
+        f"all at once; bound by {timings.bottleneck}"
+    )
+
+
+def _print_lora_report(report: LoraReport) -> None:
+    ranks = [entry["rank"] for entry in report.modules.values()]
+    worst = max(report.modules, key=lambda name: report.modules[name]["relative_error"])
+    shown = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+    why = ""
+    if max(ranks) == report.exact_rank:
+        why = ": s′·B′·A′ − s·B·A has the rank of both adapters together; --rank K makes it smaller"
+    peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
+    moved = (
+        f"; training moved the adapter by {report.relative_change:.1e} of its norm" if report.relative_change else ""
+    )
+    print(
+        f"""finished {report.dest} in {report.wall_seconds:.1f} s: {len(ranks)} modules{peak}
+rank {shown}{why}
+within {report.relative_error:.1e} of ‖ΔW‖, at worst {report.modules[worst]["relative_error"]:.1e} in {worst}{moved}
+load it with PEFT onto the original model""",
+        file=sys.stderr,
+    )
+
+
+def _print_split_report(report: Report) -> None:
     peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
     print(
         f"""{"continued and finished" if report.resumed else "finished"} {report.dest} in {report.wall_seconds:.1f} s: \
 {report.tensors} weights split{peak}
-read {_amount(timings.source_bytes)} in {timings.read_seconds:.1f} s, computed {timings.compute_seconds:.1f} s, \
-wrote {_amount(timings.written_bytes)} in {timings.write_seconds:.1f} s, all at once; bound by {timings.bottleneck}
+{_stages(report.timings)}
 W = W_res + s·B·A within {report.relative_error:.1e} of ‖W‖; \
 a full SVD would capture at most about {report.estimated_deficit:.2%} more
 the residual needs its adapter: load {report.dest} with PEFT and subfolder="pissa_init\"""",
@@ -81,10 +194,18 @@ the residual needs its adapter: load {report.dest} with PEFT and subfolder="piss
     )
 
 
+_COMPARED = {
+    "pissa": "W = W_res + s·B·A within {:.1e} of ‖W‖ for {} weights",
+    "lora": "ΔW = B·A within {:.1e} of ‖ΔW‖ for {} modules",
+    "merged": "W + s·B·A within {:.1e} of its norm for {} weights",
+}
+
+
 def print_verification(found: Verification, source: Path | str | None) -> None:
     compared = ""
     if source is not None:
-        compared = f", and W = W_res + s·B·A within {found.relative_error or 0:.1e} of ‖W‖ for {found.tensors} weights"
+        what = _COMPARED[found.to]
+        compared = ", and " + what.format(found.relative_error or 0, found.tensors)
     seconds, peak = found.wall_seconds, f", peak memory {_amount(found.peak_memory)}" if found.peak_memory else ""
     print(f"{found.dest}: every digest of {found.files} files fits{compared}; {seconds:.1f} s{peak}", file=sys.stderr)
     if found.unexpected:

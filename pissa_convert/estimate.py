@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from pissa_convert.linalg import SplitSpec
 from pissa_convert.linalg.native import NativeBackend
+from pissa_convert.lora_plan import LoraPlan
+from pissa_convert.merge_plan import MergePlan
 from pissa_convert.planning import Plan
+from pissa_convert.transforms.delta import Product, decompose
+from pissa_convert.transforms.merge import Addition, merge_rows
 
 _SIZE = 1024
 
@@ -47,5 +53,42 @@ def _time_one(backend: NativeBackend, dtype: str, rank: int) -> float:
         work = raw.copy().data
         started = time.perf_counter()
         backend.split(work, memoryview(a), memoryview(b), spec)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def estimate_lora_seconds(plan: LoraPlan) -> float:
+    """Seconds of computing: one module of the plan's largest rank is timed and scaled by sides and ranks."""
+
+    def work(side: float, rank: int) -> float:
+        return side * rank**2
+
+    rank = max(module.trained.rank + module.init.rank for module in plan.modules)
+    generator = np.random.default_rng(0)
+    product = Product(generator.standard_normal((_SIZE, rank)), generator.standard_normal((rank, _SIZE)))
+    with threadpool_limits(1, user_api="blas"):
+        each = _fastest(lambda: decompose(product).factors(rank)) / work(2 * _SIZE, rank)
+    total = sum(
+        work(module.trained.size_out + module.trained.size_in, module.trained.rank + module.init.rank)
+        for module in plan.modules
+    )
+    return each * total / plan.in_flight
+
+
+def estimate_merge_seconds(plan: MergePlan) -> float:
+    """Seconds of computing: some rows of the plan's largest rank are timed and scaled by the values that change."""
+    rank = max((pair.rank for pair in plan.adapter.pairs.values()), default=1)
+    rows = memoryview(bytearray(2 * _SIZE**2))
+    addition = Addition(np.zeros((_SIZE, rank), np.float32), np.zeros((rank, _SIZE), np.float32))
+    with threadpool_limits(1, user_api="blas"):
+        each = _fastest(lambda: merge_rows(rows, "BF16", rows, "BF16", _SIZE, addition)) / _SIZE**2
+    return each * sum((step.bottom - step.top) * step.columns for step in plan.merges) / plan.memory.lanes
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        work()
         seconds.append(time.perf_counter() - started)
     return min(seconds)

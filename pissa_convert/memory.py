@@ -1,13 +1,14 @@
 """How much memory a conversion may hold: the plan's side (what is predicted) of what `engine.buffers` enforces.
 
 The peak is that of the process: what it holds before work starts (interpreter, numpy, the core), the bytes in flight
-between the reader and the writer, and the workspace of one split. The bytes in flight come from a ring as large as the
-budget, all of which a model that is larger than it passes through, so the peak can be computed instead of guessed.
+between the reader and the writer, and the workspaces of the splits that run at once. The bytes in flight come from a
+ring as large as the budget, all of which a model that is larger than it passes through, so the peak can be computed
+instead of guessed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,17 @@ _SLACK = 192 << 20
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes: `budget` bounds what is in flight; `peak` is the predicted resident peak of the whole process."""
+    """How much work is in flight.
+
+    Attributes:
+        budget: bytes between the reader and the writer, at most.
+        peak: predicted resident peak of the whole process, in bytes.
+        lanes: tensors that are transformed at the same time.
+    """
 
     budget: int
     peak: int
+    lanes: int
 
 
 def chunks(begin: int, end: int) -> Iterator[tuple[int, int]]:
@@ -39,12 +47,19 @@ def chunks(begin: int, end: int) -> Iterator[tuple[int, int]]:
         begin = stop
 
 
-def plan_memory(flights: Iterable[int], workspace: int, max_memory: int | None) -> MemoryPlan:
-    """Choose the budget for bytes in flight and predict the peak.
+def plan_memory(
+    flights: Iterable[int], workspace: Callable[[int], int], threads: int, max_memory: int | None
+) -> MemoryPlan:
+    """Choose the number of lanes and the budget for bytes in flight, and predict the peak.
+
+    One thread per tensor does more work than several on one: they need not wait for one another. So there are as many
+    lanes as threads where the budget holds the largest tensor for each of them and once more (for what is read or
+    written meanwhile), otherwise a half, a quarter, …, of that.
 
     Args:
         flights: bytes of each buffer that the work takes.
-        workspace: bytes that one split needs beside its buffer, at most.
+        workspace: bytes that so many transforms at once need beside their buffers, at most.
+        threads: that compute.
         max_memory: the peak asked for, or None for the default (two of the largest and some room, within what
             the machine or its cgroup has left).
 
@@ -53,17 +68,21 @@ def plan_memory(flights: Iterable[int], workspace: int, max_memory: int | None) 
     """
     flights = list(flights)
     largest = max(flights, default=0)
-    fixed = resident_bytes() + _RUNTIME + workspace
-    if max_memory is None:
-        available = available_bytes()
-        budget = 2 * largest + _SLACK
-        if available is not None:
-            budget = min(budget, int(0.9 * available) - _RUNTIME - workspace)
-        limit = "available"
-    else:
-        budget = max_memory - fixed
-        limit = "--max-memory"
+    resident, available = resident_bytes() + _RUNTIME, available_bytes()
+    lanes = threads
+    while True:
+        fixed = resident + workspace(lanes)
+        if max_memory is not None:
+            budget = max_memory - fixed
+        else:
+            budget = 2 * largest + _SLACK
+            if available is not None:
+                budget = min(budget, int(0.9 * available) - _RUNTIME - workspace(lanes))
+        if lanes == 1 or budget >= (lanes + 1) * largest:
+            break
+        lanes //= 2
     if budget < largest:
+        limit = "available" if max_memory is None else "--max-memory"
         raise RequestError(
             f"{limit} memory is too small for the largest tensor",
             expected=f"at least {fixed + largest} bytes",
@@ -71,7 +90,7 @@ def plan_memory(flights: Iterable[int], workspace: int, max_memory: int | None) 
             # The resident set before work differs a little from run to run.
             fix=f"give --max-memory {(fixed + largest) // (1 << 20) + 8}MiB or more",
         )
-    return MemoryPlan(budget, fixed + min(budget, sum(flights)))
+    return MemoryPlan(budget, fixed + min(budget, sum(flights)), lanes)
 
 
 def resident_bytes() -> int:

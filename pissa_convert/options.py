@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pissa_convert.errors import RequestError
@@ -94,6 +94,78 @@ def split_options(
         passes=passes if isinstance(passes, int) else None,
         seed=seed,
     )
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Options of `--to lora`.
+
+    Attributes:
+        rank: of every module, at most; None to lose nothing, "auto" for the smallest that `tolerance` allows.
+        tolerance: with "auto", each module's ‖ΔW − B·A‖ / ‖ΔW‖ before rounding; None otherwise.
+        uniform_rank: give every module the largest module's rank.
+        dtype: "float32", "bfloat16" or "float16": how A and B are stored.
+    """
+
+    rank: int | str | None = None
+    tolerance: float | None = None
+    uniform_rank: bool = False
+    dtype: str = "float32"
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values, in declaration order (for the manifest and the fingerprint)."""
+        return asdict(self)
+
+
+def lora_options(
+    *,
+    rank: int | str | None = None,
+    tolerance: float | None = None,
+    uniform_rank: bool = False,
+    dtype: str = "float32",
+) -> LoraOptions:
+    """Check the values of `--to lora` and fill in the tolerance.
+
+    Raises:
+        RequestError: a value is out of range; the message names the option.
+    """
+    if rank is not None and rank != "auto" and not _is_count(rank, 1):
+        raise RequestError("--rank is out of range", expected="auto or an integer of at least 1", found=rank)
+    if tolerance is not None and rank != "auto":
+        raise RequestError("--tolerance goes with --rank auto", fix="give both, or --rank K alone")
+    if rank == "auto":
+        tolerance = 1e-3 if tolerance is None else float(tolerance)
+        if not 0 < tolerance < 1:
+            raise RequestError("--tolerance is out of range", expected="between 0 and 1", found=tolerance)
+    if dtype not in ADAPTER_DTYPES:
+        raise RequestError("--dtype is unknown", expected=" or ".join(ADAPTER_DTYPES), found=dtype)
+    return LoraOptions(rank, tolerance, bool(uniform_rank), dtype)
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Options of `--to merged`.
+
+    Attributes:
+        dtype: "float32", "bfloat16" or "float16" for every floating-point tensor; None to keep each one's own.
+    """
+
+    dtype: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values (for the manifest and the fingerprint)."""
+        return asdict(self)
+
+
+def merge_options(*, dtype: str | None = None) -> MergeOptions:
+    """Check the values of `--to merged`.
+
+    Raises:
+        RequestError: a value is out of range; the message names the option.
+    """
+    if dtype is not None and dtype not in ADAPTER_DTYPES:
+        raise RequestError("--dtype is unknown", expected=" or ".join(ADAPTER_DTYPES), found=dtype)
+    return MergeOptions(dtype)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,66 +21,15 @@ from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME, adapter_con
 from pissa_convert.formats.checkpoint import Checkpoint, open_checkpoint
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, render_manifest
 from pissa_convert.formats.model_card import CARD_NAME, residual_card
-from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo, lay_out
+from pissa_convert.formats.safetensors import TensorInfo, lay_out
 from pissa_convert.linalg import Backend, SplitSpec, SplitStats, tensor_key
-from pissa_convert.memory import MemoryPlan, chunks, plan_memory
+from pissa_convert.memory import MemoryPlan, plan_memory
 from pissa_convert.options import ADAPTER_DTYPES, RunOptions, SplitOptions
+from pissa_convert.steps import ShardPlan, Split, flights, split_steps
 from pissa_convert.targets import Action, Decision, compact_target_modules, decide
 
 ADAPTER_FOLDER = "pissa_init"
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
-
-
-def _align(offset: int) -> int:
-    return -(-offset // 64) * 64
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A byte range of the source shard that passes through unchanged: a run of adjacent tensors."""
-
-    begin: int
-    end: int
-    tensors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Split:
-    """One weight: its bytes become the residual in place, and A and B fill their slots of the adapter file."""
-
-    begin: int
-    end: int
-    tensor: str
-    spec: SplitSpec
-    a: TensorInfo
-    b: TensorInfo
-
-    @property
-    def parts(self) -> tuple[slice, slice, slice]:
-        """Where the weight (which becomes the residual in place), A and B lie in this step's one buffer."""
-        a_at = _align(self.end - self.begin)
-        b_at = _align(a_at + self.a.nbytes)
-        return slice(0, self.end - self.begin), slice(a_at, a_at + self.a.nbytes), slice(b_at, b_at + self.b.nbytes)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in memory for it."""
-        return int(self.parts[2].stop)
-
-
-Step = Copy | Split
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One output shard: the source's header, then its steps in the order of their bytes, without gaps."""
-
-    source: SafetensorsFile
-    steps: tuple[Step, ...]
-
-    @property
-    def name(self) -> str:
-        return self.source.path.name
 
 
 @dataclass(frozen=True)
@@ -125,6 +74,21 @@ class Plan:
         return (step for shard in self.shards for step in shard.steps if isinstance(step, Split))
 
     @property
+    def beside(self) -> AdapterPlan:
+        """The file that steps fill beside the shards."""
+        return self.adapter
+
+    @property
+    def recorded(self) -> Mapping[str, FileRecord]:
+        """Nothing is known of the source before it is read."""
+        return {}
+
+    @property
+    def last_texts(self) -> Mapping[str, bytes]:
+        """What makes the folder load is copied."""
+        return {}
+
+    @property
     def source_bytes(self) -> int:
         """Bytes of all source shards."""
         return sum(shard.source.size for shard in self.shards)
@@ -156,10 +120,16 @@ class Plan:
         names = [name for name in self.checkpoint.auxiliary if name not in self.texts]
         return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
 
+    @property
+    def sources(self) -> dict[str, Path]:
+        """Every file that is read, by its name in the manifest."""
+        names = [*(shard.name for shard in self.shards), *self.checkpoint.auxiliary]
+        return {name: self.source / name for name in sorted(names)}
+
     @cached_property
     def output_sizes(self) -> dict[str, int]:
         """Exact size in bytes of every file of the result."""
-        sizes = {shard.name: shard.source.size for shard in self.shards}
+        sizes = {shard.name: shard.size for shard in self.shards}
         sizes[self.adapter.name] = self.adapter.size
         sizes |= {name: len(text) for name, text in self.texts.items()}
         sizes |= {name: (self.source / name).stat().st_size for name in self.copies}
@@ -169,7 +139,26 @@ class Plan:
             name: FileRecord((self.source / name).stat().st_size, "0" * 64) for name in self.checkpoint.auxiliary
         }
         stats = {step.tensor: SplitStats.blank(self.options.rank) for step in self.splits}
-        return sizes | {MANIFEST_NAME: len(manifest(self, sources, blank, stats))}
+        return sizes | {MANIFEST_NAME: len(self.manifest(sources, blank, stats))}
+
+    def manifest(
+        self, source: Mapping[str, FileRecord], output: Mapping[str, FileRecord], stats: Mapping[str, SplitStats]
+    ) -> bytes:
+        """The text of `pissa_convert.json`; the engine supplies what only the work can tell."""
+        modules = {decision.tensor: decision.module for decision in self.decisions}
+        places = {step.tensor: shard.name for shard in self.shards for step in shard.steps if isinstance(step, Split)}
+        tensors = {
+            step.tensor: {
+                "file": places[step.tensor],
+                "module": modules[step.tensor],
+                "shape": [step.spec.rows, step.spec.cols],
+                "dtype": step.spec.dtype,
+                "fan_in_fan_out": step.spec.fan_in_fan_out,
+                **stats[step.tensor].as_manifest(),
+            }
+            for step in self.splits
+        }
+        return render_manifest(self.head, source, output, tensors)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -177,10 +166,7 @@ class Plan:
         return {
             **{name: value for name, value in self.head.items() if name != "options"},
             **{f"--{name.replace('_', '-')}": value for name, value in self.options.as_json().items()},
-            **{
-                f"source file {name}": _identity(self.source / name)
-                for name in sorted([*(shard.name for shard in self.shards), *self.checkpoint.auxiliary])
-            },
+            **{f"source file {name}": _identity(path) for name, path in self.sources.items()},
         }
 
 
@@ -205,7 +191,7 @@ def make_plan(
     if to != "pissa":
         raise RequestError("--to is unknown", expected="pissa", found=to)
     source, dest = Path(source).resolve(), Path(os.path.abspath(dest))
-    _check_destination(source, dest)
+    check_destination(source, dest)
     checkpoint = open_checkpoint(source)
     _check_not_residual(checkpoint)
     decisions = decide(
@@ -222,7 +208,10 @@ def make_plan(
                 _check_rank(shard.path, tensor, options.rank)
                 specs[tensor.name] = _spec(tensor, chosen[tensor.name], options)
     adapter, slots = _plan_adapter(checkpoint, decisions, specs, options)
-    shards = tuple(ShardPlan(shard, tuple(_steps(shard, specs, slots))) for shard in checkpoint.shards)
+    shards = tuple(
+        ShardPlan(shard, shard.header, shard.size, tuple(split_steps(shard, specs, slots)))
+        for shard in checkpoint.shards
+    )
     return Plan(
         to=to,
         source=source,
@@ -232,12 +221,19 @@ def make_plan(
         decisions=decisions,
         shards=shards,
         adapter=adapter,
-        memory=plan_memory(_flights(shards), _workspace(specs.values(), backend), run.max_memory),
+        memory=plan_memory(
+            flights(shards), partial(_workspace, specs.values(), backend), backend.threads, run.max_memory
+        ),
         backend=backend.name,
     )
 
 
-def _check_destination(source: Path, dest: Path) -> None:
+def check_destination(source: Path, dest: Path) -> None:
+    """Refuse a DEST that is SOURCE, lies inside it, or is no folder.
+
+    Raises:
+        RequestError: it is.
+    """
     real = Path(os.path.realpath(dest))
     if real == source or source in real.parents:
         raise RequestError("DEST is SOURCE or lies inside it", file=dest, fix="choose a folder outside SOURCE")
@@ -306,59 +302,6 @@ def _plan_adapter(
     return AdapterPlan(f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}", header, infos[-1].end, config), slots
 
 
-def _steps(
-    shard: SafetensorsFile, specs: Mapping[str, SplitSpec], slots: Mapping[str, tuple[TensorInfo, TensorInfo]]
-) -> Iterator[Step]:
-    passing: list[TensorInfo] = []
-    for tensor in shard.tensors:
-        if tensor.name not in specs:
-            passing.append(tensor)
-            continue
-        if passing:
-            yield _copy(passing)
-            passing = []
-        a, b = slots[tensor.name]
-        yield Split(tensor.begin, tensor.end, tensor.name, specs[tensor.name], a, b)
-    if passing:
-        yield _copy(passing)
-
-
-def _copy(tensors: list[TensorInfo]) -> Copy:
-    return Copy(tensors[0].begin, tensors[-1].end, tuple(tensor.name for tensor in tensors))
-
-
-def _flights(shards: Iterable[ShardPlan]) -> Iterator[int]:
-    """Bytes held for each piece of work in the order in which they are taken."""
-    for shard in shards:
-        for step in shard.steps:
-            if isinstance(step, Split):
-                yield step.nbytes
-            else:
-                yield from (end - begin for begin, end in chunks(step.begin, step.end))
-
-
-def _workspace(specs: Iterable[SplitSpec], backend: Backend) -> int:
-    return max(backend.workspace_bytes(spec) for spec in specs)
-
-
-def manifest(
-    plan: Plan,
-    source: Mapping[str, FileRecord],
-    output: Mapping[str, FileRecord],
-    stats: Mapping[str, SplitStats],
-) -> bytes:
-    """The text of `pissa_convert.json`; the engine supplies what only the work can tell."""
-    modules = {decision.tensor: decision.module for decision in plan.decisions}
-    places = {step.tensor: shard.name for shard in plan.shards for step in shard.steps if isinstance(step, Split)}
-    tensors = {
-        step.tensor: {
-            "file": places[step.tensor],
-            "module": modules[step.tensor],
-            "shape": [step.spec.rows, step.spec.cols],
-            "dtype": step.spec.dtype,
-            "fan_in_fan_out": step.spec.fan_in_fan_out,
-            **stats[step.tensor].as_manifest(),
-        }
-        for step in plan.splits
-    }
-    return render_manifest(plan.head, source, output, tensors)
+def _workspace(specs: Iterable[SplitSpec], backend: Backend, lanes: int) -> int:
+    """Bytes of the workspaces of that many splits at once."""
+    return sum(max(lane.workspace_bytes(spec) for spec in specs) for lane in backend.share(lanes))

@@ -53,6 +53,7 @@ class Report:
         relative_error: largest ‖W − (W_res + s·B·A)‖ / ‖W‖ over the weights, as stored.
         estimated_deficit: largest estimate of the captured energy that a full SVD would have added, relative.
         peak_memory: largest resident set of this process so far, in bytes, or None where it cannot be read.
+        warnings: what the user should look into.
     """
 
     dest: Path
@@ -64,6 +65,66 @@ class Report:
     relative_error: float
     estimated_deficit: float
     peak_memory: int | None
+    warnings: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """The result of `convert` to an ordinary LoRA.
+
+    Attributes:
+        dest: the finished folder.
+        modules: of each module its rank, relative_error ‖ΔW − B·A‖ / ‖ΔW‖ as stored, and the norms ‖ΔW‖ (norm),
+            ‖s′·B′·A′‖ (trained_norm) and ‖s·B·A‖ (init_norm).
+        exact_rank: at which no module loses anything.
+        relative_error: the same over all modules together.
+        relative_change: ‖ΔW‖ / ‖s·B·A‖ over all modules together: how far training went; None from zero.
+        warnings: what the user should look into.
+        resumed, complete_before, wall_seconds, timings, peak_memory: as in `Report`.
+    """
+
+    dest: Path
+    modules: dict[str, dict[str, Any]]
+    exact_rank: int
+    relative_error: float
+    relative_change: float | None
+    warnings: tuple[str, ...]
+    resumed: bool
+    complete_before: bool
+    wall_seconds: float
+    timings: Timings
+    peak_memory: int | None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The result of `convert` to a merged model.
+
+    Attributes:
+        dest: the finished folder.
+        tensors: weights that the adapter changed.
+        relative_error: largest ‖stored − (W + s·B·A)‖ / ‖W + s·B·A‖ over them: the rounding to their dtype.
+        warnings: what the user should look into.
+        resumed, complete_before, wall_seconds, timings, peak_memory: as in `Report`.
+    """
+
+    dest: Path
+    tensors: int
+    resumed: bool
+    complete_before: bool
+    wall_seconds: float
+    timings: Timings
+    relative_error: float
+    peak_memory: int | None
+    warnings: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready values."""

@@ -84,7 +84,7 @@ def decide(
     known = tuple(tensors)
     architecture = read_architecture(config, [name for name, _, _ in known])
     kinds = [kind_of(name, shape, architecture) for name, _, shape in known]
-    _refuse_quantised(known, config)
+    refuse_quantised(known, config)
     everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     wanted = None if everything else _matcher("--target-modules", targets)
     unwanted = _matcher("--exclude-modules", exclude) if exclude else lambda module: False
@@ -142,7 +142,12 @@ def _matcher(option: str, given: str | Sequence[str]) -> Match:
 _PACKED = re.compile(r"(.*\.)?(qweight|qzeros|weight_packed|\w+_blocks|weight\.(absmax|quant_map|quant_state\..*)|SCB)")
 
 
-def _refuse_quantised(tensors: Sequence[Tensor], config: Mapping[str, Any]) -> None:
+def refuse_quantised(tensors: Sequence[Tensor], config: Mapping[str, Any]) -> None:
+    """Refuse a model that is quantised already.
+
+    Raises:
+        RequestError: it is; names the method or the first packed tensor.
+    """
     for holder in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         quantisation = holder.get("quantization_config")
         if quantisation:

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from adapters import SHAPES, factors, moved, tensors_of, write
 from checkpoints import digests, small_model, write_model
 
 from pissa_convert.cli import main
@@ -34,9 +36,11 @@ def test_help_answers_at_once() -> None:
         times.append(time.perf_counter() - started)
     assert min(times) < 0.3
     options = "rank alpha rslora target-modules exclude-modules adapter-dtype seed threads plan overwrite quiet"
+    options += " init base tolerance uniform-rank dtype adapter verify source"
     for option in (f"--{name}" for name in options.split()):
         assert option in run.stdout
-    assert "for --to pissa" in run.stdout
+    for target in ("pissa", "lora", "merged"):
+        assert f"for --to {target}" in run.stdout
 
 
 def test_plan_shows_every_decision_and_writes_nothing(
@@ -93,6 +97,22 @@ def test_log_json_holds_the_report(source: Path, tmp_path: Path) -> None:
     assert all(0 < report["timings"][stage] < report["wall_seconds"] for stage in stages)
     assert report["timings"]["written_bytes"] > report["timings"]["source_bytes"] / 2
     assert report["resumed"] is False
+
+
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_log_json_of_the_other_targets_is_json(tmp_path: Path, to: str) -> None:
+    start = factors(4)
+    trained = write(tmp_path / "trained", tensors_of(moved(start)))
+    source, options = trained, ["--init", str(write(tmp_path / "init", tensors_of(start)))]
+    if to == "merged":
+        weights = {f"{module}.weight": torch.zeros(shape) for module, shape in SHAPES.items()}
+        source, options = write_model(tmp_path / "model", weights), ["--adapter", str(trained)]
+    log = tmp_path / "log.json"
+    arguments = [str(source), str(tmp_path / "out"), "--to", to, *options, "--quiet", "--log-json", str(log)]
+    assert main(arguments) == 0
+    report = json.loads(log.read_text(), parse_constant=pytest.fail)
+    assert report["timings"]["written_bytes"] > 0
+    assert report["bottleneck"] in ("read", "compute", "write", "hash")
 
 
 def test_a_finished_folder_is_checked_and_left_alone(

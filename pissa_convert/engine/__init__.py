@@ -1,14 +1,21 @@
 """The bounded pipeline: read ahead, transform, write behind, journal, commit, resume; and verify afterwards.
 
-run.py          one conversion from lock to manifest
+run.py          any plan that walks a model's shards, from lock to manifest; and a split
+merge.py        a merge by the same way: what a lane does
+lora.py         the shorter way of a LoRA, which walks two adapters
+factors.py      adapters' values, read by position or split again
+base_check.py   whether an adapter belongs to a model
 destination.py  what DEST holds before work starts, and whether that may be continued or replaced
 recovery.py     what of an interrupted run can be kept
-pipeline.py     reader thread → transform thread → writer, with bounded bytes in flight
+pipeline.py     reader → lanes → writer, with bounded bytes in flight
+work.py         what passes between them, and what they ask of a plan
 buffers.py      the bytes in flight
 hashing.py      digests in threads beside them
 reading.py      reads by position, and digests of whole files
 files.py        output files that grow as NAME.partial and are committed by rename
 journal.py      what is already done, in lines that prove themselves
 verify.py       a finished folder against its manifest
-comparison.py   its shards against the source's
+verify_jobs.py  what there is to check, by target
+comparison.py, lora_check.py, merge_check.py
+                a result against what it was made from
 """

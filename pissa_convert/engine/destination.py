@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from pissa_convert.engine.files import PARTIAL, sync_folder
 from pissa_convert.engine.journal import JOURNAL_NAME, Journal
+from pissa_convert.engine.reading import check_file
 from pissa_convert.errors import RequestError
-from pissa_convert.formats.manifest import MANIFEST_NAME
-from pissa_convert.planning import Plan
+from pissa_convert.formats.manifest import MANIFEST_NAME, read_manifest
+
+
+class Work(Protocol):
+    """What a plan, of whichever target, says of its destination."""
+
+    @property
+    def dest(self) -> Path:
+        """The folder to make."""
+
+    @property
+    def output_sizes(self) -> Mapping[str, int]:
+        """Bytes of every file of the result."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What must be unchanged for a partial result to be continued."""
 
 
 class State(Enum):
@@ -24,7 +41,7 @@ class State(Enum):
     COMPLETE = "complete"
 
 
-def check(plan: Plan, overwrite: bool) -> None:
+def check(plan: Work, overwrite: bool) -> None:
     """Refuse, before anything is written, a destination that holds other things or has no room.
 
     Raises:
@@ -43,7 +60,7 @@ def check(plan: Plan, overwrite: bool) -> None:
     _check_space(plan)
 
 
-def _check_space(plan: Plan) -> None:
+def _check_space(plan: Work) -> None:
     existing = next(folder for folder in (plan.dest, *plan.dest.parents) if folder.exists())
     disk = os.statvfs(existing)
     present = 0
@@ -63,7 +80,7 @@ def _check_space(plan: Plan) -> None:
         )
 
 
-def begin(plan: Plan, journal: Journal, overwrite: bool) -> State:
+def begin(plan: Work, journal: Journal, overwrite: bool) -> State:
     """Decide, under the journal's lock, whether this run starts, continues, or finds all done.
 
     Raises:
@@ -82,7 +99,41 @@ def begin(plan: Plan, journal: Journal, overwrite: bool) -> State:
     return State.FRESH
 
 
-def _check_fingerprint(plan: Plan, before: dict[str, Any]) -> None:
+def verify_complete(
+    dest: Path, head: Mapping[str, Any], sources: Mapping[str, Path], derived: Collection[str] = ()
+) -> Mapping[str, Mapping[str, Any]]:
+    """Check that a finished destination is what a plan would make, by the digests of every file on both sides.
+
+    Args:
+        head: what the plan says of the conversion as a whole.
+        sources: the files that it reads, by their names in the manifest.
+        derived: names of records there that are of no file.
+
+    Returns:
+        The manifest's entry of each weight or module.
+
+    Raises:
+        RequestError: it is not; the message names the first difference.
+    """
+    manifest = read_manifest(dest / MANIFEST_NAME)
+    fix = "choose a new folder, or replace this one with --overwrite"
+    for name, value in head.items():
+        if manifest.head[name] != json.loads(json.dumps(value)):
+            raise RequestError(
+                f"DEST holds a finished conversion with another {name}",
+                file=dest,
+                expected=json.dumps(manifest.head[name]),
+                found=json.dumps(value),
+                fix=fix,
+            )
+    read = [(sources.get(name, Path(name)), record) for name, record in manifest.source.items() if name not in derived]
+    for path, record in [*read, *((dest / name, record) for name, record in manifest.output.items())]:
+        for finding in check_file(path, record):
+            raise RequestError("a file differs from what DEST's manifest says", found=finding, fix=fix)
+    return manifest.tensors
+
+
+def _check_fingerprint(plan: Work, before: dict[str, Any]) -> None:
     now = json.loads(json.dumps(plan.fingerprint))
     for name in {**now, **before}:
         if before.get(name) != now.get(name):

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from pissa_convert.engine.files import PARTIAL, PartialFile
 from pissa_convert.engine.journal import Entry
-from pissa_convert.engine.pipeline import Shard
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
+from pissa_convert.engine.work import ModelPlan, Shard
 from pissa_convert.formats.manifest import FileRecord
-from pissa_convert.linalg import SplitStats
 from pissa_convert.memory import CHUNK
-from pissa_convert.planning import Plan, ShardPlan, Split
+from pissa_convert.steps import Change, Copy, ShardPlan, Stats
 
 
 @dataclass
@@ -22,23 +21,24 @@ class Progress:
     """What is done, as the journal says and the files confirm.
 
     Attributes:
-        stats: of each split weight that is done, by tensor name.
-        side: digest of each done weight's A and B in the adapter file.
+        stats: of each transformed step that is done, by its key.
+        side: digest of what each of these has in the file beside the shards.
         sources, outputs: records of committed shards.
     """
 
-    stats: dict[str, SplitStats] = field(default_factory=dict)
+    stats: dict[str, Stats] = field(default_factory=dict)
     side: dict[str, str] = field(default_factory=dict)
     sources: dict[str, FileRecord] = field(default_factory=dict)
     outputs: dict[str, FileRecord] = field(default_factory=dict)
 
 
-def side_digest(adapter: PartialFile, step: Split) -> str:
-    """Digest of a weight's A and B as they lie in the adapter file."""
+def side_digest(file: PartialFile | None, step: Change) -> str:
+    """Digest of what a step has in the file beside the shards (A and B, for a split), as it lies there."""
     digest = hashlib.sha256()
-    for slot in (step.a, step.b):
+    for _, slot in step.beside:
         data = memoryview(bytearray(slot.nbytes))
-        read_exactly(adapter.descriptor, slot.begin, data, adapter.partial)
+        assert file is not None
+        read_exactly(file.descriptor, slot.begin, data, file.partial)
         digest.update(data)
     return digest.hexdigest()
 
@@ -49,7 +49,7 @@ def reopen(path: Path) -> None:
         os.replace(path, path.with_name(path.name + PARTIAL))
 
 
-def recover(plan: Plan, entries: list[Entry], adapter: PartialFile) -> tuple[list[Shard], Progress]:
+def recover(plan: ModelPlan, entries: list[Entry], beside: PartialFile | None) -> tuple[list[Shard], Progress]:
     """The shards that are still to be worked on, each with the prefix that can be kept, and what is done."""
     steps: dict[str, dict[int, Entry]] = {}
     committed: dict[str, Entry] = {}
@@ -63,58 +63,57 @@ def recover(plan: Plan, entries: list[Entry], adapter: PartialFile) -> tuple[lis
     for shard in plan.shards:
         done = steps.get(shard.name, {})
         path = plan.dest / shard.name
-        if shard.name in committed and _is_whole(shard, path, committed[shard.name], done, adapter):
+        if shard.name in committed and _is_whole(shard, path, committed[shard.name], done, beside):
             output = committed[shard.name]
-            progress.sources[shard.name] = FileRecord(shard.source.size, output["source_sha256"])
-            progress.outputs[shard.name] = FileRecord(shard.source.size, output["sha256"])
+            progress.sources[shard.source_name] = FileRecord(shard.source.size, output["source_sha256"])
+            progress.outputs[shard.name] = FileRecord(shard.size, output["sha256"])
             _keep(shard, len(shard.steps), done, progress)
             continue
         reopen(path)
-        work = _recover_prefix(shard, path, plan.fingerprint[f"source file {shard.name}"], done, adapter)
+        work = _recover_prefix(shard, path, plan.fingerprint[f"source file {shard.source_name}"], done, beside)
         _keep(shard, work.steps_done, done, progress)
         remaining.append(work)
     return remaining, progress
 
 
-def _is_whole(shard: ShardPlan, path: Path, entry: Entry, done: dict[int, Entry], adapter: PartialFile) -> bool:
-    if not path.is_file() or hash_file(path) != FileRecord(shard.source.size, entry["sha256"]):
+def _is_whole(shard: ShardPlan, path: Path, entry: Entry, done: dict[int, Entry], beside: PartialFile | None) -> bool:
+    if not path.is_file() or hash_file(path) != FileRecord(shard.size, entry["sha256"]):
         return False
     return all(
-        index in done and side_digest(adapter, step) == done[index]["side"]
+        index in done and side_digest(beside, step) == done[index]["side"]
         for index, step in enumerate(shard.steps)
-        if isinstance(step, Split)
+        if not isinstance(step, Copy)
     )
 
 
 def _keep(shard: ShardPlan, steps_done: int, done: dict[int, Entry], progress: Progress) -> None:
     for index, step in enumerate(shard.steps[:steps_done]):
-        if isinstance(step, Split):
-            progress.stats[step.tensor] = SplitStats.from_json(done[index]["stats"])
-            progress.side[step.tensor] = done[index]["side"]
+        if not isinstance(step, Copy):
+            progress.stats[step.key] = step.read_stats(done[index]["stats"])
+            progress.side[step.key] = done[index]["side"]
 
 
 def _recover_prefix(
-    shard: ShardPlan, path: Path, expected: list[int], done: dict[int, Entry], adapter: PartialFile
+    shard: ShardPlan, path: Path, expected: list[int], done: dict[int, Entry], beside: PartialFile | None
 ) -> Shard:
     """Follow the partial file from its start for as long as its running digest is what the journal says."""
     fresh = Shard(shard, expected)
     partial = path.with_name(path.name + PARTIAL)
-    if not done or not partial.is_file() or partial.stat().st_size != shard.source.size:
+    if not done or not partial.is_file() or partial.stat().st_size != shard.size:
         return fresh
     scratch = memoryview(bytearray(CHUNK))
     digest = hashlib.sha256()
     kept = fresh
     descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        hash_range(descriptor, 0, len(shard.source.header), partial, digest, scratch)
+        hash_range(descriptor, 0, len(shard.header), partial, digest, scratch)
         for index, step in enumerate(shard.steps):
-            is_split = isinstance(step, Split)
-            if is_split and index not in done:
+            if not isinstance(step, Copy) and index not in done:
                 break
-            hash_range(descriptor, step.begin, step.end, partial, digest, scratch)
-            if isinstance(step, Split):
+            hash_range(descriptor, step.at, step.stop, partial, digest, scratch)
+            if not isinstance(step, Copy):
                 entry = done[index]
-                if digest.hexdigest() != entry["sha256"] or side_digest(adapter, step) != entry["side"]:
+                if digest.hexdigest() != entry["sha256"] or side_digest(beside, step) != entry["side"]:
                     break
                 kept = Shard(shard, expected, index + 1, digest.copy())
     finally:

@@ -9,36 +9,91 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pissa_convert.engine import destination
 from pissa_convert.engine.destination import State
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
-from pissa_convert.engine.pipeline import Shard, Sink, run_pipeline
+from pissa_convert.engine.pipeline import run_pipeline
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
 from pissa_convert.engine.recovery import recover, reopen, side_digest
-from pissa_convert.engine.verify import verify_complete
+from pissa_convert.engine.work import ModelPlan, Shard, Transform
+from pissa_convert.engine.writer import Sink
 from pissa_convert.errors import ConversionError
-from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
-from pissa_convert.linalg import Backend, SplitStats
+from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, read_manifest
+from pissa_convert.linalg import Backend
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
-from pissa_convert.planning import Plan, manifest
+from pissa_convert.planning import Plan
 from pissa_convert.report import Report, Timings
+from pissa_convert.steps import Copy, Stats
+from pissa_convert.transforms.split import split_step
 
 ProgressCallback = Callable[[int, int, Timings], None]
 """Called with the bytes of source that are done, the bytes in all, and the stages' timings so far."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What `carry_out` did.
+
+    Attributes:
+        tensors: the manifest's entry of each transformed weight.
+        resumed, complete_before, wall_seconds, timings: as in `Report`.
+    """
+
+    tensors: Mapping[str, Mapping[str, Any]]
+    resumed: bool
+    complete_before: bool
+    wall_seconds: float
+    timings: Timings
+
+
 def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: ProgressCallback | None = None) -> Report:
-    """Carry out a plan.
+    """Split a model as planned.
 
     Args:
         plan: what to do.
-        backend: does the splits; the one that was planned with.
+        backend: does the splits, in as many lanes as the plan has; the one that was planned with.
         overwrite: replace an earlier conversion in the destination.
         progress: called from this thread as work is finished.
+
+    Raises:
+        PissaError: see the family; after a ConversionError the same call continues where this one stopped.
+    """
+    transforms = [partial(split_step, backend=lane) for lane in backend.share(plan.memory.lanes)]
+    done = carry_out(plan, transforms, overwrite=overwrite, progress=progress)
+    return Report(
+        dest=plan.dest,
+        tensors=len(done.tensors),
+        resumed=done.resumed,
+        complete_before=done.complete_before,
+        wall_seconds=done.wall_seconds,
+        timings=done.timings,
+        relative_error=max(entry["relative_error"] for entry in done.tensors.values()),
+        estimated_deficit=max(entry["estimated_deficit"] for entry in done.tensors.values()),
+        peak_memory=peak_resident_bytes(),
+    )
+
+
+def carry_out(
+    plan: ModelPlan,
+    transforms: Sequence[Transform],
+    *,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Outcome:
+    """Make the folder that a plan describes, or what is missing of it.
+
+    Args:
+        plan: what to do.
+        transforms: one for each lane.
+        overwrite, progress: as for `run`.
 
     Raises:
         PissaError: see the family; after a ConversionError the same call continues where this one stopped.
@@ -54,98 +109,118 @@ def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: Prog
         state = destination.begin(plan, journal, overwrite)
         if state is State.COMPLETE:
             try:
-                tensors = verify_complete(plan)
+                tensors = destination.verify_complete(plan.dest, plan.head, plan.sources)
             finally:
                 journal.remove()
         else:
-            tensors = _convert(plan, backend, journal, timings, progress)
-    return Report(
-        dest=plan.dest,
-        tensors=len(tensors),
-        resumed=state is State.RESUMED,
-        complete_before=state is State.COMPLETE,
-        wall_seconds=time.perf_counter() - started,
-        timings=timings,
-        relative_error=max(item["relative_error"] for item in tensors.values()),
-        estimated_deficit=max(item["estimated_deficit"] for item in tensors.values()),
-        peak_memory=peak_resident_bytes(),
-    )
+            tensors = _convert(plan, transforms, journal, timings, progress)
+    return Outcome(tensors, state is State.RESUMED, state is State.COMPLETE, time.perf_counter() - started, timings)
 
 
 def _convert(
-    plan: Plan, backend: Backend, journal: Journal, timings: Timings, progress: ProgressCallback | None
+    plan: ModelPlan,
+    transforms: Sequence[Transform],
+    journal: Journal,
+    timings: Timings,
+    progress: ProgressCallback | None,
 ) -> Mapping[str, Mapping[str, Any]]:
-    adapter_path = plan.dest / plan.adapter.name
-    reopen(adapter_path)
-    with PartialFile(adapter_path, plan.adapter.size) as adapter:
-        adapter.write(plan.adapter.header, 0)
-        remaining, done = recover(plan, journal.entries, adapter)
-        finished = plan.source_bytes - sum(work.plan.source.size - work.offset for work in remaining)
+    with _open_beside(plan) as beside:
+        remaining, done = recover(plan, journal.entries, beside)
+        total = sum(shard.source.size for shard in plan.shards)
+        finished = total - sum(work.plan.source.size - work.offset for work in remaining)
 
         def report_progress(nbytes: int) -> None:
             nonlocal finished
             finished += nbytes
             if progress is not None:
-                progress(finished, plan.source_bytes, timings)
+                progress(finished, total, timings)
 
-        def step_done(shard: Shard, index: int, sha256: str, side: str, stats: SplitStats) -> None:
-            tensor = shard.plan.steps[index].tensor  # type: ignore[union-attr]
-            done.stats[tensor], done.side[tensor] = stats, side
+        def step_done(shard: Shard, index: int, sha256: str, side: str, stats: Stats) -> None:
+            key = shard.plan.steps[index].key  # type: ignore[union-attr]
+            done.stats[key], done.side[key] = stats, side
             entry = {"shard": shard.plan.name, "step": index, "sha256": sha256, "side": side, "stats": stats.as_json()}
             journal.append(entry)
 
         def shard_written(shard: Shard, source_sha256: str, file: PartialFile) -> None:
-            adapter.sync()  # A and B of this shard must not be behind its residual
-            file.commit()
             name, sha256 = shard.plan.name, shard.digest.hexdigest()
+            source = FileRecord(shard.plan.source.size, source_sha256)
+            _check_recorded(plan, shard.plan.source.path, source)
+            if beside is not None:
+                beside.sync()  # A and B of this shard must not be behind its residual
+            file.commit()
             journal.append({"committed": name, "sha256": sha256, "source_sha256": source_sha256}, durable=True)
-            done.sources[name] = FileRecord(shard.plan.source.size, source_sha256)
-            done.outputs[name] = FileRecord(shard.plan.source.size, sha256)
+            done.sources[shard.plan.source_name] = source
+            done.outputs[name] = FileRecord(shard.plan.size, sha256)
             report_progress(len(shard.plan.source.header))
 
         report_progress(0)
-        sink = Sink(adapter, step_done, shard_written, report_progress)
-        run_pipeline(remaining, plan.dest, backend, plan.memory.budget, sink, timings)
-        done.outputs[plan.adapter.name] = _commit_adapter(plan, adapter, done.side)
-    for name in plan.checkpoint.auxiliary:
-        done.sources[name] = hash_file(plan.source / name)
-    for name in plan.texts:
-        done.outputs[name] = _write_text(plan, name)
+        sink = Sink(beside, step_done, shard_written, report_progress)
+        run_pipeline(remaining, plan.dest, transforms, plan.memory.budget, sink, timings)
+        if beside is not None and plan.beside is not None:
+            done.outputs[plan.beside.name] = _commit_beside(plan, beside, done.side)
+    for name, path in plan.sources.items():
+        if name not in done.sources:
+            done.sources[name] = hash_file(path)
+    for name, text in plan.texts.items():
+        done.outputs[name] = _write_text(plan.dest / name, text)
     for name in plan.copies:
         done.outputs[name] = _copy_file(plan, name, done.sources[name])
-    tensors = {name: done.stats[name] for name in done.side}
-    text = manifest(plan, done.sources, done.outputs, tensors)
-    write_file(plan.dest / MANIFEST_NAME, text)
+    for name, text in plan.last_texts.items():
+        done.outputs[name] = _write_text(plan.dest / name, text)
+    write_file(plan.dest / MANIFEST_NAME, plan.manifest(done.sources, done.outputs, done.stats))
     journal.remove()
-    return {name: stats.as_json() for name, stats in tensors.items()}
+    return read_manifest(plan.dest / MANIFEST_NAME).tensors
 
 
-def _commit_adapter(plan: Plan, adapter: PartialFile, sides: Mapping[str, str]) -> FileRecord:
-    """Read the adapter back, which proves each slot and gives the file's digest, and commit it."""
-    for step in plan.splits:
-        if side_digest(adapter, step) != sides[step.tensor]:
+@contextmanager
+def _open_beside(plan: ModelPlan) -> Iterator[PartialFile | None]:
+    if plan.beside is None:
+        yield None
+        return
+    path = plan.dest / plan.beside.name
+    reopen(path)
+    with PartialFile(path, plan.beside.size) as file:
+        file.write(plan.beside.header, 0)
+        yield file
+
+
+def _check_recorded(plan: ModelPlan, path: Path, found: FileRecord) -> None:
+    expected = plan.recorded.get(path.name)
+    if expected not in (None, found):
+        raise ConversionError(
+            "SOURCE is not the model that the adapter belongs to",
+            file=path,
+            expected=f"sha256 {expected.sha256}" if expected else None,
+            found=found.sha256,
+            fix="give that model",
+        )
+
+
+def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str]) -> FileRecord:
+    """Read the file beside the shards back, which proves each slot and gives its digest, and commit it."""
+    for step in (step for shard in plan.shards for step in shard.steps if not isinstance(step, Copy)):
+        if side_digest(file, step) != sides[step.key]:
             raise ConversionError(
-                "A and B read back differently from how they were written",
-                file=adapter.partial,
+                "what was written reads back differently",
+                file=file.partial,
                 tensor=step.tensor,
                 fix="check the disk, then run the same command again to continue",
             )
     digest = hashlib.sha256()
-    hash_range(adapter.descriptor, 0, adapter.size, adapter.partial, digest, memoryview(bytearray(CHUNK)))
-    adapter.commit()
-    return FileRecord(adapter.size, digest.hexdigest())
+    hash_range(file.descriptor, 0, file.size, file.partial, digest, memoryview(bytearray(CHUNK)))
+    file.commit()
+    return FileRecord(file.size, digest.hexdigest())
 
 
-def _write_text(plan: Plan, name: str) -> FileRecord:
-    data = plan.texts[name]
-    write_file(plan.dest / name, data)
+def _write_text(path: Path, data: bytes) -> FileRecord:
+    write_file(path, data)
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
-def _copy_file(plan: Plan, name: str, record: FileRecord) -> FileRecord:
+def _copy_file(plan: ModelPlan, name: str, record: FileRecord) -> FileRecord:
     """Copy an auxiliary file; what is written must be what was hashed."""
     digest = hashlib.sha256()
-    source = plan.source / name
+    source = plan.sources[name]
     with open(source, "rb", buffering=0) as reader, PartialFile(plan.dest / name, record.size) as file:
         for begin, end in chunks(0, record.size):
             data = memoryview(bytearray(end - begin))

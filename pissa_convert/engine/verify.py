@@ -7,26 +7,21 @@ time. Memory is that of a few chunks and one weight's A and B per worker, whatev
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pissa_convert.engine.comparison import Adapter, compare_shard
+from threadpoolctl import threadpool_limits
+
 from pissa_convert.engine.journal import JOURNAL_NAME
-from pissa_convert.engine.reading import check_file
+from pissa_convert.engine.verify_jobs import Origins, jobs
 from pissa_convert.errors import DamageError, FormatError, PissaError, RequestError
-from pissa_convert.formats.adapter import WEIGHTS_NAME
-from pissa_convert.formats.checkpoint import check_inside
-from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
-from pissa_convert.formats.model_card import CARD_NAME
+from pissa_convert.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pissa_convert.memory import peak_resident_bytes
-from pissa_convert.planning import ADAPTER_FOLDER, Plan
 
 _WORKERS = 4
 """Files in work at once: hashing is bound by one CPU each, and every worker holds some chunks."""
@@ -41,15 +36,18 @@ class Verification:
 
     Attributes:
         dest: the folder.
+        to: what was made.
         files: files whose digests fit.
-        tensors: split weights that were compared with the source's; 0 without a source.
-        relative_error: largest ‖W − (W_res + s·B·A)‖ / ‖W‖ among them, as measured now; None without a source.
+        tensors: split weights (modules of a LoRA, merged weights) that were compared; 0 without a source.
+        relative_error: largest ‖W − (W_res + s·B·A)‖ / ‖W‖ (‖ΔW − B·A‖ / ‖ΔW‖, the rounding of W + s·B·A) among
+            them, as measured now; None without a source.
         unexpected: files in the folder that the manifest does not name, relative; nothing is known of them.
         wall_seconds: it took.
         peak_memory: largest resident set of this process so far, in bytes, or None where it cannot be read.
     """
 
     dest: Path
+    to: str
     files: int
     tensors: int
     relative_error: float | None
@@ -62,12 +60,12 @@ class Verification:
         return {**asdict(self), "dest": str(self.dest)}
 
 
-def verify(dest: Path, source: Path | None = None, *, threads: int, progress: Progress | None = None) -> Verification:
+def verify(dest: Path, origins: Origins, *, threads: int, progress: Progress | None = None) -> Verification:
     """Check a finished conversion; nothing is written.
 
     Args:
         dest: the folder that `convert` made.
-        source: the model that it was made from, to compare weights with.
+        origins: what it was made from, to compare with.
         threads: at most this many files are read at once.
         progress: told of the bytes that are done.
 
@@ -76,17 +74,18 @@ def verify(dest: Path, source: Path | None = None, *, threads: int, progress: Pr
         DamageError: something differs; it lists everything that does.
     """
     started = time.perf_counter()
-    _check_request(dest, source)
+    _check_request(dest, origins.source)
     try:
         manifest = read_manifest(dest / MANIFEST_NAME)
     except FormatError as error:
         raise DamageError(dest, [error]) from error
-    seen = _Counter(_bytes_to_read(manifest, source), progress)
+    origins.check(manifest, dest)
+    seen = _Counter(_bytes_to_read(manifest, origins.source), progress)
     findings: list[PissaError] = []
     errors: list[float] = []
-    with ThreadPoolExecutor(min(threads, _WORKERS), "verify") as pool:
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(threads, _WORKERS), "verify") as pool:
         try:
-            for found, measured in pool.map(lambda job: job(), _jobs(dest, source, manifest, seen)):
+            for found, measured in pool.map(lambda job: job(), jobs(dest, origins, manifest, seen)):
                 findings += found
                 errors += measured
         except BaseException:
@@ -97,6 +96,7 @@ def verify(dest: Path, source: Path | None = None, *, threads: int, progress: Pr
         raise DamageError(dest, findings)
     return Verification(
         dest=dest,
+        to=manifest.head["to"],
         files=len(manifest.output) + 1,
         tensors=len(errors),
         relative_error=max(errors, default=None),
@@ -111,10 +111,10 @@ def _check_request(dest: Path, source: Path | None) -> None:
         if (dest / JOURNAL_NAME).exists():
             fix = "run the command that made it again to continue, then verify"
             raise RequestError("the conversion in DEST is unfinished", file=dest, fix=fix)
-        fix = "give a folder that --to pissa has made"
+        fix = "give a folder that pissa-convert has made"
         raise RequestError("there is no finished conversion in DEST", file=dest, expected=MANIFEST_NAME, fix=fix)
     if source is not None and not source.is_dir():
-        fix = "give the folder of the model that DEST was made from"
+        fix = "give the folder that DEST was made from"
         raise RequestError("--source is not a folder", file=source, fix=fix)
 
 
@@ -135,84 +135,12 @@ class _Counter:
                 self._progress(self._done, self._total)
 
 
-_Finding = tuple[list[PissaError], list[float]]
-
-
-def _shards(manifest: Manifest) -> set[str]:
-    return {name for name in manifest.output if name in manifest.source and name.endswith(".safetensors")}
-
-
 def _bytes_to_read(manifest: Manifest, source: Path | None) -> int:
     files = [*manifest.output.values(), *(manifest.source.values() if source is not None else ())]
     return sum(record.size for record in files)
-
-
-def _jobs(
-    dest: Path, source: Path | None, manifest: Manifest, seen: Callable[[int], None]
-) -> Iterator[Callable[[], _Finding]]:
-    """One job per file of the result, or per pair of files where the source is there to compare with."""
-    shards = _shards(manifest) if source is not None else set()
-    if source is not None:
-        for name, record in manifest.source.items():
-            if name not in shards:
-                yield partial(_check_source, source, name, record, manifest, seen)
-        try:
-            adapter = Adapter(dest / ADAPTER_FOLDER / WEIGHTS_NAME)
-        except PissaError:
-            shards = set()  # the adapter's own check names it; without it there is nothing to compare
-        for name in sorted(shards):
-            yield partial(compare_shard, source, dest, name, manifest, adapter, seen)
-    for name, record in manifest.output.items():
-        if name not in shards:
-            yield partial(_check_output, dest / name, record, seen)
-
-
-def _check_output(path: Path, record: FileRecord, seen: Callable[[int], None]) -> _Finding:
-    return check_file(path, record, seen), []
-
-
-def _check_source(
-    source: Path, name: str, record: FileRecord, manifest: Manifest, seen: Callable[[int], None]
-) -> _Finding:
-    """A file beside the weights: it must be what was converted, and the result's copy of it must be the same."""
-    try:
-        check_inside(source, source / name)
-    except PissaError as error:
-        return [error], []
-    findings = check_file(source / name, record, seen)
-    if name in manifest.output and name != CARD_NAME and manifest.output[name] != record:
-        findings.append(FormatError("the manifest says that it was copied, with another digest", file=source / name))
-    return findings, []
 
 
 def _unexpected(dest: Path, manifest: Manifest) -> tuple[str, ...]:
     files = (path for path in dest.rglob("*") if not path.is_dir())
     names = {path.relative_to(dest).as_posix() for path in files}
     return tuple(sorted(names - manifest.output.keys() - {MANIFEST_NAME}))
-
-
-def verify_complete(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
-    """Check that a finished destination is what this plan would make, by the digests of every file on both sides.
-
-    Returns:
-        The manifest's entry of each split weight.
-
-    Raises:
-        RequestError: it is not; the message names the first difference.
-    """
-    manifest = read_manifest(plan.dest / MANIFEST_NAME)
-    fix = "choose a new folder, or replace this one with --overwrite"
-    for name, value in plan.head.items():
-        if manifest.head[name] != json.loads(json.dumps(value)):
-            raise RequestError(
-                f"DEST holds a finished conversion with another {name}",
-                file=plan.dest,
-                expected=json.dumps(manifest.head[name]),
-                found=json.dumps(value),
-                fix=fix,
-            )
-    for root, records in ((plan.source, manifest.source), (plan.dest, manifest.output)):
-        for name, record in records.items():
-            for finding in check_file(root / name, record):
-                raise RequestError("a file differs from what DEST's manifest says", found=finding, fix=fix)
-    return manifest.tensors

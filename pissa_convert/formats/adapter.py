@@ -9,6 +9,9 @@ from typing import Any
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
+PREFIX = "base_model.model."
+"""What PEFT puts before every name of the base model."""
+
 # fmt: off
 _TEXT_TO_TEXT = frozenset((
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "led", "longt5", "m2m_100", "marian",
@@ -23,8 +26,7 @@ def adapter_keys(module: str) -> tuple[str, str]:
     Args:
         module: its run-time name in the base model.
     """
-    prefix = f"base_model.model.{module}"
-    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def task_type(config: Mapping[str, Any]) -> str | None:

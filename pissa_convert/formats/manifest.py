@@ -21,8 +21,12 @@ MANIFEST_NAME = "pissa_convert.json"
 
 _AGAIN = "make the conversion again with --overwrite"
 
-_TENSOR_KEYS: dict[str, type] = {"file": str, "module": str, "fan_in_fan_out": bool, "relative_error": float}
-"""What is read of a weight's entry."""
+_ENTRY_KEYS: dict[str, dict[str, type]] = {
+    "pissa": {"file": str, "module": str, "fan_in_fan_out": bool, "relative_error": float},
+    "lora": {"rank": int, "relative_error": float, "norm": float},
+    "merged": {"file": str, "relative_error": float},
+}
+"""What is read of a weight's or module's entry, by target."""
 
 _MAX_MANIFEST = 1 << 30
 """Bytes; a model of 10,000 weights at rank 1024 has a sixth of that."""
@@ -43,13 +47,16 @@ class Manifest:
     Attributes:
         head: tool, version, target, backend, options.
         source, output: the files' records by relative POSIX path.
-        tensors: the entry of each split weight by its name.
+        tensors: the entry of each split weight by its name; with "lora" of each module, with "merged" of each
+            merged weight.
+        base: the files of the model that an adapter belongs to, where that is known.
     """
 
     head: Mapping[str, Any]
     source: Mapping[str, FileRecord]
     output: Mapping[str, FileRecord]
     tensors: Mapping[str, Mapping[str, Any]]
+    base: Mapping[str, FileRecord]
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,11 @@ def render_manifest(
     source: Mapping[str, FileRecord],
     output: Mapping[str, FileRecord],
     tensors: Mapping[str, Mapping[str, Any]],
+    base: Mapping[str, FileRecord] | None = None,
 ) -> bytes:
     """The manifest's text: one line per option, file and tensor, so that two of them can be compared with `diff`."""
     parts = [f"  {json.dumps(key)}: {_render(value)}" for key, value in head.items()]
-    for title, files in (("source", source), ("output", output)):
+    for title, files in (("source", source), ("output", output), *([("base", base)] if base else [])):
         records = {name: {"bytes": files[name].size, "sha256": files[name].sha256} for name in sorted(files)}
         parts.append(f'  "{title}": {_block(records)}')
     parts.append(f'  "tensors": {_block(tensors)}')
@@ -129,16 +137,16 @@ def read_manifest(path: Path) -> Manifest:
             head={name: entries[name] for name in ("tool", "version", "to", "backend", "options")},
             source=_records(entries["source"]),
             output=_records(entries["output"]),
-            tensors=_tensors(entries["tensors"]),
+            tensors=_tensors(entries["tensors"], _ENTRY_KEYS.get(entries["to"], {})),
+            base=_records(entries.get("base", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError("this is not a manifest of pissa-convert", file=path, fix=_AGAIN) from error
 
 
-def _tensors(entries: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+def _tensors(entries: Mapping[str, Any], keys: Mapping[str, type]) -> Mapping[str, Mapping[str, Any]]:
     for name, entry in entries.items():
-        fits = {key: type(entry[key]) for key in _TENSOR_KEYS} == _TENSOR_KEYS
-        if not fits:
+        if {key: type(entry[key]) for key in keys} != keys:
             raise ValueError(name)
     return entries
 

@@ -6,6 +6,9 @@ from pissa_convert.options import SplitOptions
 
 CARD_NAME = "README.md"
 
+ORIGINAL_FOLLOWS = "*The card of the original model follows.*"
+"""The line between our card and the source's."""
+
 _CARD = """# Residual model with its PiSSA adapter
 
 **This folder is not a complete model.** Its weights are the *residual* of the original ones: the {rank} largest
@@ -74,5 +77,5 @@ def residual_card(
     if original is None:
         return ours.encode()
     front, body = split_front_matter(original.decode("utf-8", "surrogateescape"))
-    card = f"{front}\n{ours}\n---\n\n*The card of the original model follows.*\n\n{body.lstrip()}"
+    card = f"{front}\n{ours}\n---\n\n{ORIGINAL_FOLLOWS}\n\n{body.lstrip()}"
     return card.encode("utf-8", "surrogateescape")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -94,11 +95,18 @@ class SplitStats:
 
 
 class Backend(Protocol):
-    """Splits matrices. Backends agree in accuracy, exactness and signs, not in every bit."""
+    """Splits matrices, one at a time. Backends agree in accuracy, exactness and signs, not in every bit."""
 
     @property
     def name(self) -> str:
         """Backend and kernel: with the same name on the same kind of CPU, the same bytes come out."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that a split works with; how many there are changes no byte of a result."""
+
+    def share(self, lanes: int) -> Sequence[Backend]:
+        """As many backends, at most `threads`, that split at the same time with these threads shared out evenly."""
 
     def split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> SplitStats:
         """Turn the bytes of W into those of W_res, and fill A's and B's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from pissa_convert import _core
@@ -40,8 +41,9 @@ class NativeBackend:
         Raises:
             RequestError: PISSA_CONVERT_KERNEL names a kernel that this CPU does not have.
         """
+        self._threads = threads or usable_cpus()
         try:
-            self._splitter = _core.Splitter(threads or usable_cpus())
+            self._splitter = _core.Splitter(self._threads)
         except ValueError as error:
             raise RequestError(str(error)) from error
 
@@ -49,6 +51,16 @@ class NativeBackend:
     def name(self) -> str:
         """ "native/" and the kernel's instruction set."""
         return f"native/{self._splitter.kernel}"
+
+    @property
+    def threads(self) -> int:
+        """See `Backend.threads`."""
+        return self._threads
+
+    def share(self, lanes: int) -> Sequence[NativeBackend]:
+        """See `Backend.share`."""
+        each, more = divmod(self._threads, lanes)
+        return [NativeBackend(each + (lane < more)) for lane in range(lanes)]
 
     def split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> SplitStats:
         """See `Backend.split`."""

@@ -1,0 +1,236 @@
+"""`--to lora` from lock to manifest: module by module, each written once, in the memory of a few modules.
+
+The work is short and its order is that of the output's bytes, so an interrupted run is done again from its start;
+what the destination shows meanwhile is a `.partial` file, and the folder loads only when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from threadpoolctl import threadpool_limits
+
+from pissa_convert.engine import destination
+from pissa_convert.engine.destination import State
+from pissa_convert.engine.factors import FactorFile, InitFactors
+from pissa_convert.engine.files import PartialFile, storage_error, write_file
+from pissa_convert.engine.journal import Journal
+from pissa_convert.engine.reading import hash_file
+from pissa_convert.errors import ConversionError, RequestError
+from pissa_convert.formats.adapter import WEIGHTS_NAME
+from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
+from pissa_convert.linalg import Backend
+from pissa_convert.lora_plan import INIT_WEIGHTS, LoraPlan, Module, ModuleResult, lora_manifest
+from pissa_convert.lora_planning import choose_ranks
+from pissa_convert.memory import chunks, peak_resident_bytes
+from pissa_convert.report import LoraReport, Timings
+from pissa_convert.transforms.delta import UNRELATED
+from pissa_convert.transforms.lora import ModuleInput, new_factors, wanted_rank
+
+ProgressCallback = Callable[[int, int, Timings], None]
+
+_T = TypeVar("_T")
+
+
+def run_lora(
+    plan: LoraPlan, backend: Backend | None, *, overwrite: bool = False, progress: ProgressCallback | None = None
+) -> LoraReport:
+    """Carry out a plan.
+
+    Args:
+        backend: makes the splits again, where the plan asks for that.
+        overwrite: replace an earlier conversion in the destination.
+        progress: called from this thread as work is finished.
+
+    Raises:
+        PissaError: see the family.
+    """
+    started = time.perf_counter()
+    timings = Timings()
+    destination.check(plan, overwrite)
+    before = plan.fingerprint
+    sources = {name: hash_file(path) for name, path in plan.sources.items()}
+    _check_recorded(plan, sources)
+    try:
+        plan.dest.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, plan.dest) from error
+    # One BLAS thread and whole modules beside one another: so the number of threads changes no byte.
+    with Journal(plan.dest) as journal, threadpool_limits(1, user_api="blas"):
+        state = destination.begin(plan, journal, overwrite)
+        if state is State.COMPLETE:
+            try:
+                entries = destination.verify_complete(
+                    plan.dest, plan.head, plan.sources, [INIT_WEIGHTS] if plan.init.derivations else []
+                )
+            finally:
+                journal.remove()
+        else:
+            results = _convert(plan, backend, before, sources, timings, progress)
+            journal.remove()
+            entries = {name: vars(result) for name, result in results.items()}
+    return _report(plan, state, entries, time.perf_counter() - started, timings)
+
+
+def _check_recorded(plan: LoraPlan, sources: Mapping[str, FileRecord]) -> None:
+    found = sources.get(INIT_WEIGHTS)
+    if found is not None and plan.init.recorded not in (None, found):
+        raise RequestError(
+            "the initial adapter has changed since the split",
+            file=plan.init.file,
+            expected=f"sha256 {plan.init.recorded.sha256}" if plan.init.recorded else None,
+            found=found.sha256,
+            fix="restore it, or add --base MODEL to derive it again",
+        )
+
+
+def _convert(
+    plan: LoraPlan,
+    backend: Backend | None,
+    before: Mapping[str, Any],
+    sources: dict[str, FileRecord],
+    timings: Timings,
+    progress: ProgressCallback | None,
+) -> dict[str, ModuleResult]:
+    if plan.options.rank == "auto":
+        wanted = dict(_in_order(plan, wanted_rank, backend, timings))
+        plan = replace(plan, ranks=choose_ranks(plan.modules, wanted, plan.options))
+    results: dict[str, ModuleResult] = {}
+    digest = hashlib.sha256()
+    with PartialFile(plan.dest / WEIGHTS_NAME, plan.size) as file, FactorFile(plan.trained.file.path) as trained:
+
+        def write(data: bytes | memoryview, begin: int) -> None:
+            started = time.perf_counter()
+            file.write(data, begin)
+            digest.update(data)
+            timings.write_seconds += time.perf_counter() - started
+            timings.written_bytes += len(data)
+            if progress is not None:
+                progress(begin + len(data), plan.size, timings)
+
+        write(plan.header, 0)
+        for name, (result, stored) in _in_order(plan, new_factors, backend, timings, sources):
+            results[name] = result
+            for slot, data in zip(plan.slots[name], stored, strict=True):
+                write(data, slot.begin)
+        for slot, tensor in zip(plan.carried_slots, plan.trained.carried.values(), strict=True):
+            for begin, end in chunks(0, tensor.nbytes):
+                write(trained.raw(tensor, begin, end), slot.begin + begin)
+        _check_unchanged(plan, before)
+        file.commit()
+    outputs = {WEIGHTS_NAME: FileRecord(plan.size, digest.hexdigest())}
+    texts = {name: (plan.trained.root / name).read_bytes() for name in plan.companions} | plan.texts
+    for name, text in texts.items():
+        write_file(plan.dest / name, text)
+        outputs[name] = FileRecord(len(text), hashlib.sha256(text).hexdigest())
+    write_file(plan.dest / MANIFEST_NAME, lora_manifest(plan, sources, outputs, results))
+    return results
+
+
+_Work = Callable[[LoraPlan, ModuleInput], _T]
+
+
+def _in_order(
+    plan: LoraPlan,
+    work: _Work[_T],
+    backend: Backend | None,
+    timings: Timings,
+    sources: dict[str, FileRecord] | None = None,
+) -> Iterator[tuple[str, _T]]:
+    """`work` on every module, by name, in the plan's order, a few at once; `sources` gets a derived init's record."""
+    waiting: deque[tuple[str, Future[_T]]] = deque()
+
+    def first() -> tuple[str, _T]:
+        started = time.perf_counter()
+        name, future = waiting.popleft()
+        value = future.result()
+        timings.compute_seconds += time.perf_counter() - started
+        return name, value
+
+    with (
+        InitFactors(plan.init, backend) as init,
+        FactorFile(plan.trained.file.path) as trained,
+        ThreadPoolExecutor(plan.in_flight, "module") as pool,
+    ):
+        try:
+            for module in plan.modules:
+                if len(waiting) == plan.in_flight:
+                    yield first()
+                started = time.perf_counter()
+                given = _read(module, trained, init)
+                timings.read_seconds += time.perf_counter() - started
+                waiting.append((module.name, pool.submit(work, plan, given)))
+            while waiting:
+                yield first()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        if plan.init.derivations and sources is not None:
+            sources[INIT_WEIGHTS] = init.record()
+
+
+def _read(module: Module, trained: FactorFile, init: InitFactors) -> ModuleInput:
+    has_bias = module.trained.bias is not None
+    return ModuleInput(
+        module,
+        trained.product(module.trained),
+        init.product(module.init),
+        trained.bias(module.trained) - init.bias(module.init) if has_bias else None,
+    )
+
+
+def _check_unchanged(plan: LoraPlan, before: Mapping[str, Any]) -> None:
+    """What was read while working is what was hashed: nothing has changed since before either."""
+    now = replace(plan).fingerprint
+    for name, value in before.items():
+        if now[name] != value:
+            raise ConversionError(
+                f"{name} has changed during the work", file=plan.dest, fix="run the same command again"
+            )
+
+
+def _report(
+    plan: LoraPlan, state: State, entries: Mapping[str, Mapping[str, Any]], seconds: float, timings: Timings
+) -> LoraReport:
+    def total(key: str) -> float:
+        return math.sqrt(sum(entry[key] ** 2 for entry in entries.values()))
+
+    norm = total("norm")
+    error = math.sqrt(sum((entry["relative_error"] * entry["norm"]) ** 2 for entry in entries.values()))
+    return LoraReport(
+        dest=plan.dest,
+        modules={name: dict(entry) for name, entry in entries.items()},
+        exact_rank=max(module.exact_rank for module in plan.modules),
+        relative_error=error / norm if norm else 0.0,
+        relative_change=norm / total("init_norm") if total("init_norm") else None,
+        warnings=_warnings(plan, norm, total("trained_norm"), total("init_norm")),
+        resumed=state is State.RESUMED,
+        complete_before=state is State.COMPLETE,
+        wall_seconds=seconds,
+        timings=timings,
+        peak_memory=peak_resident_bytes(),
+    )
+
+
+def _warnings(plan: LoraPlan, norm: float, trained: float, init: float) -> tuple[str, ...]:
+    found = []
+    if norm == 0:
+        found.append("TRAINED is the initial adapter itself: nothing was trained, and the LoRA changes nothing")
+    elif init and norm > UNRELATED * math.hypot(trained, init):
+        found.append(
+            f"TRAINED does not look like it began as {plan.init.file}: ‖ΔW‖ is {norm / init:.2f} of the initial "
+            f"adapter's ‖s·B·A‖, which training hardly ever changes that much"
+        )
+    if plan.init.derivations and plan.init.recorded is None:
+        said = ", ".join(f"{name} {value or 'auto'}" for name, value in plan.init.options.items() if name != "seed")
+        found.append(
+            f"the initial adapter was split again with seed {plan.init.options['seed']}, {said}, and no manifest "
+            f"proves that it is the same: give the options of the split, or its folder as --init too"
+        )
+    return tuple(found)

@@ -1,0 +1,114 @@
+"""The reader: every shard front to back, into buffers, on to the hash and the lanes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from pissa_convert.engine.buffers import Buffers, Cancelled
+from pissa_convert.engine.hashing import HashThread
+from pissa_convert.engine.lanes import Lanes
+from pissa_convert.engine.reading import open_to_read, read_exactly
+from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard
+from pissa_convert.errors import ConversionError
+from pissa_convert.memory import chunks
+from pissa_convert.report import Timings
+from pissa_convert.steps import Copy
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Puts the work on `items`, and on `lanes` what is to be transformed."""
+
+    buffers: Buffers
+    hashing: HashThread
+    lanes: Lanes
+    items: queue.Queue[Item]
+    timings: Timings
+
+    def read_all(self, shards: Sequence[Shard]) -> None:
+        """Read the shards one after the other; an error is the last item."""
+        try:
+            for shard in shards:
+                source = open_to_read(shard.plan.source.path)
+                try:
+                    self._read_shard(shard, source)
+                finally:
+                    os.close(source)
+            self.items.put(None)
+        except Cancelled:
+            pass
+        except BaseException as error:
+            self.items.put(error)
+
+    def _read_shard(self, shard: Shard, source: int) -> None:
+        self.items.put(Begin(shard))
+        path = shard.plan.source.path
+        _check_unchanged(shard, source)
+        os.posix_fadvise(source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        digest = hashlib.sha256()
+        self._hash_prefix(shard, source, digest)
+        for index, step in enumerate(shard.plan.steps):
+            if index < shard.steps_done:
+                continue
+            if isinstance(step, Copy):
+                for begin, end in chunks(step.begin, step.end):
+                    buffer = self.buffers.take(end - begin)
+                    hashed = self._read(source, begin, buffer.view[:], path, digest)
+                    self.items.put(Chunk(step.at + begin - step.begin, buffer, hashed))
+            else:
+                buffer = self.buffers.take(step.nbytes)
+                hashed = self._read(source, step.begin, buffer.view[: step.end - step.begin], path, digest)
+                self.items.put(Result(index, step, buffer, self.lanes.submit(step, path, buffer, hashed)))
+        _check_unchanged(shard, source)
+        self.items.put(End(self.hashing.finish(digest)))
+
+    def _hash_prefix(self, shard: Shard, source: int, digest: hashlib._Hash) -> None:
+        """The header, and the source of what an earlier run has done: hashed again, but not worked on again."""
+        plan = shard.plan
+        header = bytearray(len(plan.source.header))
+        self._read(source, 0, memoryview(header), plan.source.path, digest).result()
+        if header != plan.source.header:
+            raise _changed(plan.source.path)
+        for begin, end in chunks(len(header), shard.offset):
+            scratch = self.buffers.take(end - begin)
+            self._read(source, begin, scratch.view[:], plan.source.path, digest).result()
+            self.buffers.give_back(scratch)
+
+    def _read(self, source: int, begin: int, view: memoryview, path: Path, digest: hashlib._Hash) -> Future[None]:
+        """Fill `view`, which is then hashed and released; the future says when."""
+        started = time.perf_counter()
+        for at, end in chunks(0, len(view)):
+            piece = view[at:end]
+            read_exactly(source, begin + at, piece, path)
+            hashed = self.hashing.feed(digest, piece)
+        self.timings.read_seconds += time.perf_counter() - started
+        self.timings.source_bytes += len(view)
+        self.timings.source_hash_seconds = self.hashing.seconds
+        view.release()
+        return hashed
+
+
+def _changed(path: Path) -> ConversionError:
+    return ConversionError(
+        "the source file has changed since the work was planned",
+        file=path,
+        fix="restore it, or start over with --overwrite",
+    )
+
+
+def _check_unchanged(shard: Shard, source: int) -> None:
+    path = shard.plan.source.path
+    status = os.fstat(source)
+    try:
+        same_file = os.path.samestat(status, path.stat())
+    except OSError:
+        same_file = False
+    if not same_file or [status.st_size, status.st_mtime_ns] != list(shard.expected):
+        raise _changed(path)

@@ -1,0 +1,125 @@
+"""What there is to check of a finished folder, by target: one job per file, or per pair of files to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pissa_convert.engine.comparison import Adapter, compare_shard
+from pissa_convert.engine.lora_check import compare_lora
+from pissa_convert.engine.merge_check import compare_merged
+from pissa_convert.engine.reading import check_file
+from pissa_convert.errors import FormatError, PissaError, RequestError
+from pissa_convert.formats.adapter import WEIGHTS_NAME
+from pissa_convert.formats.checkpoint import check_inside
+from pissa_convert.formats.manifest import FileRecord, Manifest
+from pissa_convert.formats.model_card import CARD_NAME
+from pissa_convert.init_planning import stored_init
+from pissa_convert.merge_plan import ADAPTER_PREFIX
+from pissa_convert.merge_planning import plan_merge
+from pissa_convert.options import RunOptions, merge_options
+from pissa_convert.planning import ADAPTER_FOLDER
+
+Finding = tuple[list[PissaError], list[float]]
+"""What differs, and measured relative errors."""
+
+Seen = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Origins:
+    """What a result is compared with: the folders that it was made from, as they were given to `convert`."""
+
+    source: Path | None
+    init: Path | None
+    adapter: Path | None
+
+    def check(self, manifest: Manifest, dest: Path) -> None:
+        """Refuse folders that such a result is not made from, and half of what it takes.
+
+        Raises:
+            RequestError: the message says which.
+        """
+        partner = {"lora": "init", "merged": "adapter"}.get(manifest.head["to"])
+        for name in ("init", "adapter"):
+            given = getattr(self, name) is not None
+            if given and name != partner:
+                raise RequestError(f"--{name} is no part of a result of --to {manifest.head['to']}", file=dest)
+            if name == partner and given != (self.source is not None):
+                fix = f"give SOURCE as --source and what it was converted with as --{name}, or neither"
+                raise RequestError("the result was made from two folders", file=dest, fix=fix)
+
+
+def jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
+    """The jobs; each can run in any thread."""
+    by_target = {"lora": _lora_jobs, "merged": _merged_jobs}
+    yield from by_target.get(manifest.head["to"], _split_jobs)(dest, origins, manifest, seen)
+
+
+def _split_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
+    shards = _shards(manifest) if origins.source is not None else set()
+    if origins.source is not None:
+        for name, record in manifest.source.items():
+            if name not in shards:
+                yield partial(_check_source, origins.source, name, record, manifest, seen)
+        try:
+            adapter = Adapter(dest / ADAPTER_FOLDER / WEIGHTS_NAME)
+        except PissaError:
+            shards = set()  # the adapter's own check names it; without it there is nothing to compare
+        for name in sorted(shards):
+            yield partial(compare_shard, origins.source, dest, name, manifest, adapter, seen)
+    for name, record in manifest.output.items():
+        if name not in shards:
+            yield partial(_check_file, dest / name, record, seen)
+
+
+def _lora_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
+    for name, record in manifest.output.items():
+        yield partial(_check_file, dest / name, record, seen)
+    if origins.source is None or origins.init is None:
+        return
+    for root, prefix in ((origins.source, "trained/"), (stored_init(origins.init).folder, "init/")):
+        for name, record in manifest.source.items():
+            if name.startswith(prefix):
+                yield partial(_check_file, root / name.removeprefix(prefix), record, seen)
+    yield partial(compare_lora, dest, origins.source, origins.init, manifest)
+
+
+def _merged_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
+    shards: set[str] = set()
+    if origins.source is not None and origins.adapter is not None:
+        options = merge_options(**manifest.head["options"])
+        plan = plan_merge(origins.source, origins.adapter, dest, options, RunOptions(), 1)
+        shards = {shard.name for shard in plan.shards}
+        for name, record in manifest.source.items():
+            if name.startswith(ADAPTER_PREFIX):
+                yield partial(_check_file, origins.adapter / name.removeprefix(ADAPTER_PREFIX), record, seen)
+            elif name not in {shard.source_name for shard in plan.shards}:
+                yield partial(_check_file, origins.source / name, record, seen)
+        for shard in plan.shards:
+            yield partial(compare_merged, plan, shard, manifest, seen)
+    for name, record in manifest.output.items():
+        if name not in shards:
+            yield partial(_check_file, dest / name, record, seen)
+
+
+def _shards(manifest: Manifest) -> set[str]:
+    return {name for name in manifest.output if name in manifest.source and name.endswith(".safetensors")}
+
+
+def _check_file(path: Path, record: FileRecord, seen: Seen) -> Finding:
+    return check_file(path, record, seen), []
+
+
+def _check_source(source: Path, name: str, record: FileRecord, manifest: Manifest, seen: Seen) -> Finding:
+    """A file beside the weights: it must be what was converted, and the result's copy of it must be the same."""
+    try:
+        check_inside(source, source / name)
+    except PissaError as error:
+        return [error], []
+    findings = check_file(source / name, record, seen)
+    if name in manifest.output and name != CARD_NAME and manifest.output[name] != record:
+        findings.append(FormatError("the manifest says that it was copied, with another digest", file=source / name))
+    return findings, []

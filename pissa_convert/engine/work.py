@@ -1,0 +1,140 @@
+"""What passes from the reader to the writer, in the order of the bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pissa_convert.engine.buffers import Buffer
+from pissa_convert.engine.destination import Work
+from pissa_convert.formats.manifest import FileRecord
+from pissa_convert.memory import MemoryPlan
+from pissa_convert.steps import Change, ShardPlan, Stats
+
+Transform = Callable[[Any, Path, memoryview], Stats]
+"""Does a step's work on its buffer, which begins with the source's bytes; the source file is named in errors."""
+
+
+class FilePlan(Protocol):
+    """A file of the result's own, beside the shards: its header is known, and steps fill the rest."""
+
+    @property
+    def name(self) -> str:
+        """Relative to the destination."""
+
+    @property
+    def header(self) -> bytes:
+        """Its first bytes."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+
+class ModelPlan(Work, Protocol):
+    """What the engine asks of a plan that walks a model's shards, of whichever target."""
+
+    @property
+    def head(self) -> Mapping[str, Any]:
+        """What the manifest says of the conversion as a whole."""
+
+    @property
+    def sources(self) -> Mapping[str, Path]:
+        """Every file that decides the result, by its name in the manifest."""
+
+    @property
+    def shards(self) -> tuple[ShardPlan, ...]:
+        """The output shards in order."""
+
+    @property
+    def beside(self) -> FilePlan | None:
+        """The file beside them, if there is one."""
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """Bytes in flight and lanes."""
+
+    @property
+    def recorded(self) -> Mapping[str, FileRecord]:
+        """What source shards must be, as far as that is known."""
+
+    @property
+    def texts(self) -> Mapping[str, bytes]:
+        """Small files that are made, in the order of their commits."""
+
+    @property
+    def copies(self) -> Sequence[str]:
+        """Files that are copied, by their names in `sources`; after the texts, what makes the folder load last."""
+
+    @property
+    def last_texts(self) -> Mapping[str, bytes]:
+        """Small files that are made in place of copies that make the folder load, committed after the copies."""
+
+    def manifest(
+        self, source: Mapping[str, FileRecord], output: Mapping[str, FileRecord], stats: Mapping[str, Any]
+    ) -> bytes:
+        """The manifest's text from what only the work can tell."""
+
+
+@dataclass
+class Shard:
+    """A shard in work: its plan, and the prefix of it that an earlier run has finished.
+
+    Attributes:
+        expected: size and mtime_ns that the source file had when the work was planned.
+        steps_done: leading steps whose output is in place.
+        digest: state of the output's SHA-256 after those steps (and the header).
+    """
+
+    plan: ShardPlan
+    expected: Sequence[int]
+    steps_done: int = 0
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    @property
+    def offset(self) -> int:
+        """Bytes of the source that need no more work."""
+        if not self.steps_done:
+            return 0
+        return self.plan.steps[self.steps_done - 1].end
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A shard begins."""
+
+    shard: Shard
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes that pass through to `at` of the output; `hashed` says when the source's hash has seen them."""
+
+    at: int
+    buffer: Buffer
+    hashed: Future[None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A step that is being transformed; with `stats`, its buffer is ready."""
+
+    index: int
+    step: Change
+    buffer: Buffer
+    stats: Future[Stats]
+
+
+@dataclass(frozen=True)
+class End:
+    """A shard ends."""
+
+    source_digest: Future[str]
+
+
+Item = Begin | Chunk | Result | End | BaseException | None
+"""An exception is the reader's failure, None the end of the work."""

@@ -1,0 +1,202 @@
+"""The plan of `--to merged`: every tensor's change and place, and the files of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pissa_convert import __version__
+from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME
+from pissa_convert.formats.adapter_folder import AdapterFolder
+from pissa_convert.formats.checkpoint import INDEX_NAME, Checkpoint
+from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Fixed, render_manifest
+from pissa_convert.formats.merged_texts import merged_card, merged_config, merged_index
+from pissa_convert.formats.model_card import CARD_NAME
+from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo, lay_out
+from pissa_convert.memory import MemoryPlan
+from pissa_convert.merge_changes import HEAD, Changes
+from pissa_convert.merge_steps import Change, Merge
+from pissa_convert.options import ADAPTER_DTYPES, MergeOptions
+from pissa_convert.planning import ADAPTER_FOLDER
+from pissa_convert.steps import ShardPlan
+from pissa_convert.targets import SPLITTABLE
+from pissa_convert.transforms.merge import MergeStats
+
+HEAD_FILE = "model-head.safetensors"
+"""Where an output head goes that was tied and is so no longer."""
+
+TWO_FILES = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+"""The same for a model of one file, beside which an index would not be looked at."""
+
+ADAPTER_PREFIX = "--adapter/"
+"""What the adapter's files are called in the manifest."""
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """The shard of a head of its own."""
+
+    name: str
+    header: bytes
+    size: int
+    slot: TensorInfo
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What `convert(to="merged")` would do.
+
+    Attributes:
+        source, dest: absolute paths.
+        adapter: what is merged.
+        changes: what it does to each tensor.
+        shards: the output shards in order.
+        beside: the shard of an output head that was tied, where it is no longer.
+        recorded: what source shards must be, as far as the adapter's provenance tells.
+        warnings: what the user should look into.
+    """
+
+    source: Path
+    dest: Path
+    options: MergeOptions
+    checkpoint: Checkpoint
+    adapter: AdapterFolder
+    changes: Changes
+    shards: tuple[ShardPlan, ...]
+    beside: HeadFile | None
+    memory: MemoryPlan
+    recorded: Mapping[str, FileRecord]
+    warnings: tuple[str, ...] = ()
+    to: str = "merged"
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What the manifest says of the conversion as a whole."""
+        return {
+            "tool": "pissa-convert",
+            "version": __version__,
+            "to": self.to,
+            "backend": "numpy",
+            "options": self.options.as_json(),
+        }
+
+    @property
+    def auxiliary(self) -> list[str]:
+        """The model's files beside its weights; those of a split (its manifest and adapter) end here."""
+        names = self.checkpoint.auxiliary
+        return [name for name in names if name != MANIFEST_NAME and not name.startswith(f"{ADAPTER_FOLDER}/")]
+
+    @property
+    def sources(self) -> dict[str, Path]:
+        """Every file that decides the result, by its name in the manifest."""
+        model = {name: self.source / name for name in (*(shard.source_name for shard in self.shards), *self.auxiliary)}
+        adapter = {f"{ADAPTER_PREFIX}{name}": self.adapter.root / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
+        return model | adapter
+
+    @cached_property
+    def texts(self) -> dict[str, bytes]:
+        """The model card."""
+        original = (self.source / CARD_NAME).read_bytes() if CARD_NAME in self.auxiliary else None
+        return {CARD_NAME: merged_card(original, len(self.changes.tensors), self.options.dtype, __version__)}
+
+    @cached_property
+    def last_texts(self) -> dict[str, bytes]:
+        """The index and config.json where they change."""
+        texts = {}
+        untied = self.beside is not None
+        if untied or (self.options.dtype is not None and self.checkpoint.index is not None):
+            old = (self.source / INDEX_NAME).read_bytes() if self.checkpoint.index else None
+            texts[INDEX_NAME] = merged_index(old, self._placed)
+        if "config.json" in self.auxiliary and (untied or self.options.dtype is not None):
+            text = (self.source / "config.json").read_bytes()
+            texts["config.json"] = merged_config(text, self.options.dtype, untied)
+        return texts
+
+    @property
+    def _placed(self) -> dict[str, list[tuple[str, int]]]:
+        """Name and bytes of each tensor, by file."""
+        placed = {
+            shard.name: [(tensor.name, tensor.nbytes) for tensor in shard_tensors(shard.source, self.options.dtype)[1]]
+            for shard in self.shards
+        }
+        return placed | ({self.beside.name: [(HEAD, self.beside.slot.nbytes)]} if self.beside else {})
+
+    @property
+    def copies(self) -> list[str]:
+        """Auxiliary files that are copied, in the order of their commits: what makes the folder load comes last."""
+        last = [self.checkpoint.index, "config.json"]
+        names = [name for name in self.auxiliary if name not in {**self.texts, **self.last_texts}]
+        return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
+
+    @cached_property
+    def output_sizes(self) -> dict[str, int]:
+        """Exact size in bytes of every file of the result."""
+        sizes = {shard.name: shard.size for shard in self.shards}
+        if self.beside is not None:
+            sizes[self.beside.name] = self.beside.size
+        sizes |= {name: len(text) for name, text in {**self.texts, **self.last_texts}.items()}
+        sizes |= {name: self.sources[name].stat().st_size for name in self.copies}
+        blank = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
+        sources = {name: FileRecord(path.stat().st_size, "0" * 64) for name, path in self.sources.items()}
+        stats = {step.key: MergeStats() for step in self.merges}
+        return sizes | {MANIFEST_NAME: len(self.manifest(sources, blank, stats))}
+
+    @property
+    def merges(self) -> Iterator[Merge]:
+        """All steps that change something."""
+        return (step for shard in self.shards for step in shard.steps if isinstance(step, Merge))
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be unchanged for a partial result to be continued."""
+        identities = {f"source file {name}": _identity(path) for name, path in self.sources.items()}
+        options = {f"--{name}": value for name, value in self.options.as_json().items()}
+        return {name: value for name, value in self.head.items() if name != "options"} | options | identities
+
+    def manifest(
+        self, source: Mapping[str, FileRecord], output: Mapping[str, FileRecord], stats: Mapping[str, MergeStats]
+    ) -> bytes:
+        """The text of `pissa_convert.json`; the engine supplies what only the work can tell."""
+        homes = {tensor.name: shard.name for shard in self.shards for tensor in shard.source.tensors}
+        sums = dict.fromkeys(self.changes.tensors, MergeStats())
+        for step in self.merges:
+            if step.tensor in sums:
+                sums[step.tensor] += stats[step.key]
+        tensors = {
+            name: {
+                "file": homes[name],
+                "change": describe(self.changes.tensors[name]),
+                "relative_error": Fixed((total.error / total.norm) ** 0.5 if total.norm else 0.0),
+            }
+            for name, total in sums.items()
+        }
+        return render_manifest(self.head, source, output, tensors)
+
+
+def describe(change: Change) -> str:
+    """A change in a few words."""
+    if change.whole is not None:
+        return "replaced by the adapter's"
+    if change.pair is None:
+        return "as it was"
+    return "bias added" if change.is_bias else f"s·B·A of rank {change.pair.rank} added"
+
+
+def _identity(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def shard_tensors(shard: SafetensorsFile, dtype: str | None) -> tuple[bytes, tuple[TensorInfo, ...]]:
+    """The header of a merged shard and its tensors' places; the source's own where no dtype changes."""
+    if all(new_dtype(tensor, dtype) == tensor.dtype for tensor in shard.tensors):
+        return shard.header, shard.tensors
+    return lay_out(((t.name, new_dtype(t, dtype), t.shape) for t in shard.tensors), shard.metadata)
+
+
+def new_dtype(tensor: TensorInfo, dtype: str | None) -> str:
+    """What a tensor is stored in."""
+    return ADAPTER_DTYPES[dtype] if dtype is not None and tensor.dtype in SPLITTABLE else tensor.dtype

@@ -1,0 +1,94 @@
+"""`--to merged`: what becomes of every tensor of a model that an adapter is added to, decided from headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pissa_convert.architectures import read_architecture
+from pissa_convert.errors import RequestError
+from pissa_convert.formats.adapter_folder import open_adapter
+from pissa_convert.formats.checkpoint import Checkpoint, open_checkpoint
+from pissa_convert.formats.safetensors import SafetensorsFile, lay_out
+from pissa_convert.memory import plan_memory
+from pissa_convert.merge_changes import HEAD, Changes, find_changes
+from pissa_convert.merge_plan import HEAD_FILE, TWO_FILES, HeadFile, MergePlan, new_dtype, shard_tensors
+from pissa_convert.merge_steps import Change, Target, Treatment, merge_steps
+from pissa_convert.options import MergeOptions, RunOptions
+from pissa_convert.planning import check_destination
+from pissa_convert.steps import ShardPlan, flights
+from pissa_convert.targets import refuse_quantised
+
+_SCRATCH = 8 << 20
+"""Bytes of float32 arrays that a lane works with."""
+
+
+def plan_merge(
+    source: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    options: MergeOptions,
+    run: RunOptions,
+    threads: int,
+) -> MergePlan:
+    """Read the headers of model and adapter and decide everything.
+
+    Raises:
+        RequestError: they do not fit together, or DEST cannot be used.
+    """
+    root, target = Path(source).resolve(), Path(os.path.abspath(dest))
+    folder = open_adapter(Path(adapter), "--adapter")
+    for read in (root, folder.root.resolve()):
+        check_destination(read, target)
+    checkpoint = open_checkpoint(root)
+    known = [(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors]
+    refuse_quantised(known, checkpoint.config)
+    changes = find_changes(checkpoint, read_architecture(checkpoint.config, [name for name, _, _ in known]), folder)
+    beside = _head_file(checkpoint, changes, options.dtype)
+    shards = tuple(_shard_plan(shard, changes, beside, options.dtype) for shard in checkpoint.shards)
+    # Each lane holds both factors, in float64 while they are read.
+    factors = max((2 * 8 * pair.rank * (pair.size_in + pair.size_out) for pair in folder.pairs.values()), default=0)
+    return MergePlan(
+        source=root,
+        dest=target,
+        options=options,
+        checkpoint=checkpoint,
+        adapter=folder,
+        changes=changes,
+        shards=shards,
+        beside=beside,
+        memory=plan_memory(flights(shards), lambda lanes: lanes * (factors + _SCRATCH), threads, run.max_memory),
+        recorded={},
+    )
+
+
+def _shard_plan(shard: SafetensorsFile, changes: Changes, beside: HeadFile | None, dtype: str | None) -> ShardPlan:
+    header, places = shard_tensors(shard, dtype)
+    treatments = {}
+    for tensor in shard.tensors:
+        change, new = changes.tensors.get(tensor.name), new_dtype(tensor, dtype)
+        is_tied = beside is not None and tensor.name == changes.tied_to
+        if tensor.nbytes and (change is not None or is_tied or new != tensor.dtype):
+            head = Target(new, changes.head) if is_tied and changes.head is not None else None
+            slot = beside.slot if is_tied and beside is not None else None
+            treatments[tensor.name] = Treatment(Target(new, change or Change()), head, slot)
+    steps = merge_steps(shard, {place.name: place for place in places}, treatments)
+    alone = beside is not None and beside.name in TWO_FILES
+    size = places[-1].end if places else len(header)
+    return ShardPlan(shard, header, size, tuple(steps), TWO_FILES[0] if alone else None)
+
+
+def _head_file(checkpoint: Checkpoint, changes: Changes, dtype: str | None) -> HeadFile | None:
+    if changes.head is None:
+        return None
+    if isinstance(checkpoint.config.get("text_config"), Mapping) or HEAD_FILE in checkpoint.auxiliary:
+        raise RequestError(
+            "the adapter parts an output head from the embedding that it is tied to, in a model of several parts",
+            file=checkpoint.root,
+            fix="untie and save that model first",
+        )
+    embedding = next(tensor for tensor in checkpoint.tensors if tensor.name == changes.tied_to)
+    header, places = lay_out([(HEAD, new_dtype(embedding, dtype), embedding.shape)], {"format": "pt"})
+    name = HEAD_FILE if len(checkpoint.shards) > 1 else TWO_FILES[1]
+    return HeadFile(name, header, places[0].end, places[0])

@@ -1,0 +1,81 @@
+"""From the keyword arguments of `convert`, which are the command's options, to a plan."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pissa_convert.engine.base_check import check_base
+from pissa_convert.errors import RequestError
+from pissa_convert.formats.adapter_folder import open_adapter
+from pissa_convert.init_planning import derived_init, stored_init
+from pissa_convert.linalg import Backend
+from pissa_convert.lora_plan import LoraPlan
+from pissa_convert.lora_planning import plan_lora
+from pissa_convert.merge_plan import MergePlan
+from pissa_convert.merge_planning import plan_merge
+from pissa_convert.options import RunOptions, lora_options, merge_options, split_options
+from pissa_convert.planning import Plan, make_plan
+
+_Path = str | os.PathLike[str]
+
+
+def plan_request(
+    source: _Path, dest: _Path, to: str, options: dict[str, Any], run_options: RunOptions, backend: Backend
+) -> Plan | LoraPlan | MergePlan:
+    """Plan a conversion.
+
+    Args:
+        options: the target's own, by name; those that it does not have are refused.
+
+    Raises:
+        RequestError: the request is wrong in itself or does not fit the files.
+    """
+    if to == "pissa":
+        _check_options(to, options, split_options)
+        return make_plan(source, dest, to, split_options(**options), run_options, backend)
+    if to == "lora":
+        _check_options(to, options, lora_options, _INIT)
+        return _plan_lora(Path(source), dest, options, run_options, backend)
+    if to == "merged":
+        _check_options(to, options, merge_options, ("adapter",))
+        adapter = options.pop("adapter", None)
+        if adapter is None:
+            raise RequestError("--to merged needs what to add to the model", fix="give --adapter")
+        chosen = merge_options(**options)
+        return check_base(plan_merge(source, adapter, dest, chosen, run_options, backend.threads))
+    raise RequestError("--to is unknown", expected="pissa, lora or merged", found=to)
+
+
+_INIT = ("init", "base", "seed", "passes", "adapter_dtype")
+
+
+def _check_options(to: str, options: Mapping[str, Any], takes: Callable[..., Any], more: tuple[str, ...] = ()) -> None:
+    for name in options:
+        if name not in (*inspect.signature(takes).parameters, *more):
+            raise RequestError(f"--{name.replace('_', '-')} does not apply to --to {to}")
+
+
+def _plan_lora(
+    source: Path, dest: _Path, options: dict[str, Any], run_options: RunOptions, backend: Backend
+) -> LoraPlan:
+    origin = {name: options.pop(name) for name in _INIT if options.get(name) is not None}
+    chosen = lora_options(**{name: value for name, value in options.items() if name not in _INIT})
+    trained = open_adapter(source, "SOURCE")
+    kept, base = (Path(origin.pop(name)) if name in origin else None for name in ("init", "base"))
+    if base is not None:
+        init = derived_init(base, trained, kept, origin)
+    elif kept is None:
+        fix = "give --init, or --base with the original model to derive it again"
+        raise RequestError("--to lora needs the adapter as it was before training", fix=fix)
+    elif origin:
+        raise RequestError(f"--{next(iter(origin)).replace('_', '-')} goes with --base")
+    else:
+        init = stored_init(kept)
+    workspace = max(
+        (backend.workspace_bytes(split.spec) + split.tensor.nbytes for split in init.derivations.values()), default=0
+    )
+    return plan_lora(trained, init, dest, chosen, run_options, backend.threads, workspace)

@@ -1,0 +1,79 @@
+"""LoRA folders to order, and what they mean, in float64 by numpy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+PREFIX = "base_model.model."
+SHAPES = {"model.layers.0.self_attn.q_proj": (40, 24), "model.layers.0.mlp.down_proj": (24, 56)}
+"""out × in."""
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def factors(rank: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Factors:
+    """A (rank × in) and B (out × rank) for the modules of SHAPES."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        module: (
+            torch.randn(rank, size_in, generator=generator).to(dtype),
+            torch.randn(size_out, rank, generator=generator).to(dtype),
+        )
+        for module, (size_out, size_in) in SHAPES.items()
+    }
+
+
+def moved(start: Factors, by: float = 0.05, seed: int = 9) -> Factors:
+    """What training makes of factors, more or less."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        module: tuple(t + by * torch.randn(t.shape, generator=generator).to(t.dtype) for t in pair)  # type: ignore[misc]
+        for module, pair in start.items()
+    }
+
+
+def tensors_of(pairs: Factors, prefix: str = PREFIX) -> dict[str, torch.Tensor]:
+    """PEFT's names."""
+    named = {}
+    for module, (a, b) in pairs.items():
+        named |= {f"{prefix}{module}.lora_A.weight": a, f"{prefix}{module}.lora_B.weight": b}
+    return named
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    """An adapter folder; `config` over what the factors' rank asks for."""
+    folder.mkdir(parents=True)
+    rank = next((tensor.shape[0] for key, tensor in tensors.items() if ".lora_A" in key), 4)
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(values | config))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def products(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """B·A of every module of a converted folder, whose scaling is 1 in all of them."""
+    raw = load_file(folder / "adapter_model.safetensors")
+    suffix = ".lora_A.weight"
+    return {
+        key.removeprefix(PREFIX).removesuffix(suffix): raw[key.replace("lora_A", "lora_B")].double().numpy()
+        @ raw[key].double().numpy()
+        for key in raw
+        if key.endswith(suffix)
+    }
+
+
+def product(pairs: Factors, module: str, scaling: float = 1.0) -> np.ndarray[Any, Any]:
+    """s·B·A."""
+    a, b = pairs[module]
+    return scaling * (b.double().numpy() @ a.double().numpy())
+
+
+def distance(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
+    """Relative, in the Frobenius norm."""
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
