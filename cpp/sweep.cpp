@@ -9,10 +9,9 @@
 namespace pissa {
 namespace {
 
-// A block of rows stays in the second-level cache, or near, between its two products; the fewer blocks, the less often
-// the sums of Z are read and written.
-constexpr std::size_t kBlockBytes = 2u << 20;
-constexpr std::size_t kMinBlockRows = 32, kMaxBlockRows = 64;
+// A block of rows stays in a core's second-level cache between its two products.
+constexpr std::size_t kBlockBytes = 512u << 10;
+constexpr std::size_t kMinBlockRows = 32, kMaxBlockRows = 128;
 // Rows whose part of Z is summed by one task: many blocks, so that adding up the parts is little work.
 constexpr std::size_t kLaneRows = 512;
 constexpr std::size_t kLanes = 8;  // at least, where there are rows enough for a block in each
