@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <numeric>
 #include <optional>
 #include <utility>
 
@@ -140,12 +139,9 @@ Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
   Buffer<float> spare(pool.scratch(), n * k);
   Candidate<Element> candidate{kernels, pool, n, k, x + p, stride, z, spare.data()};
   Extension result;
-  result.remainder.assign(k * k, 0.0);
-  for (std::size_t j = 0; j < k; ++j) result.remainder[j * k + j] = 1;
-  std::vector<double> product, taken, gram(k * k), r(k * k), inverse(k * k), scratch(k * k);
+  std::vector<double> product, taken, gram(k * k), r(k * k), inverse(k * k);
   candidate.round();
-  double before = 0;
-  // z_before = z·remainder + something in the span of the basis whenever a round begins.
+  double share = 1;  // of z's square that the rounds so far have left
   for (int round = 0; round < kMaxRounds; ++round) {
     std::size_t q = round == 0 ? recent : p;
     candidate.products(q, product);
@@ -154,7 +150,7 @@ Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
       std::copy_n(product.data() + c * (q + k), q, taken.data() + c * q);
       std::copy_n(product.data() + c * (q + k) + q, k, gram.data() + c * k);
     }
-    if (round == 0) before = trace(gram, k);
+    const double before = trace(gram, k);
     bool cancels = false;
     if (q > 0) {
       // The Gram matrix of what is left without these columns, by Pythagoras: one pass less over z. Where next to
@@ -170,10 +166,8 @@ Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
       taken.clear();
       candidate.products(0, gram);
     }
-    const double norm =
-        std::inner_product(result.remainder.begin(), result.remainder.end(), result.remainder.begin(), 0.0);
-    const double left = trace(gram, k) * (round == 0 ? 1.0 : norm / static_cast<double>(k));
-    result.exhausted = !(left > kExhausted * kExhausted * before);
+    share *= trace(gram, k) / before;
+    result.exhausted = !(share > kExhausted * kExhausted);
     if (result.exhausted) return result;
     if (cholesky(k, gram, r, inverse)) {
       if (q > 0) {
@@ -187,8 +181,6 @@ Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
       candidate.round();
       result.householder = true;
     }
-    lapack::gemm('N', 'N', k, k, k, 1.0, r.data(), k, result.remainder.data(), k, 0.0, scratch.data(), k);
-    result.remainder = scratch;
     // Without a second round the loss of orthogonality grows from pass to pass, and copies of converged singular values
     // appear. A third is due to columns of which the second left little: they were not far from the rounding noise.
     double smallest = 1;

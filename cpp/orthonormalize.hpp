@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <vector>
 
 #include "kernels/kernels.hpp"
 #include "thread_pool.hpp"
@@ -10,16 +9,14 @@
 namespace pissa {
 
 struct Extension {
-  std::vector<double> remainder;  // k × k, column-major, upper triangular
-  bool householder = false;       // Cholesky would have lost too much and was replaced
-  bool exhausted = false;         // the block lies in the basis: there is no new direction
+  bool householder = false;  // Cholesky would have lost too much and was replaced
+  bool exhausted = false;    // the block lies in the basis: there is no new direction
 };
 
 // x (n × …, row-major, and kReadBeyond more: see tall.hpp) holds an orthonormal basis in its first p columns and gets a
-// block of k more, such that
-//   z_before = block·remainder + something in the span of the basis.
-// z (n × k, row-major, contiguous) is destroyed. `recent` says how many of the basis' last columns z is known to have
-// components in, up to rounding: a first projection need not take the others.
+// block of k more: together they span z (n × k, row-major, contiguous), which is destroyed. `recent` says how many of
+// the basis' last columns z is known to have components in, up to rounding: a first projection need not take the
+// others.
 //
 // Block Gram–Schmidt twice with a Cholesky QR after each projection (BCGS2 with CholeskyQR2; Stathopoulos & Wu 2002,
 // Yamamoto et al. 2015). Deviations: a QR whose triangle is ill-conditioned is done by Householder reflections; and

@@ -59,19 +59,15 @@ void check_extension(const Kernels& kernels, Kind kind, std::size_t n, std::size
         worst = std::max(worst, std::fabs(sum - (a == b)));
       }
     }
-    // What is not block·remainder has no part outside the basis.
+    // What was there has no part outside the basis and the block.
     for (std::size_t j = 0; j < k; ++j) {
       std::vector<double> rest(n);
       for (std::size_t i = 0; i < n; ++i) {
-        const double original = static_cast<double>(before[i * k + j]);
-        rest[i] = original;
-        for (std::size_t a = 0; a < k; ++a) {
-          rest[i] -= static_cast<double>(to_float(x[i * stride + p + a])) * step.remainder[j * k + a];
-        }
-        size += original * original;
+        rest[i] = static_cast<double>(before[i * k + j]);
+        size += rest[i] * rest[i];
       }
       for (int twice = 0; twice < 2; ++twice) {
-        for (std::size_t a = 0; a < p; ++a) {
+        for (std::size_t a = 0; a < stride; ++a) {
           double sum = 0;
           for (std::size_t i = 0; i < n; ++i) sum += static_cast<double>(to_float(x[i * stride + a])) * rest[i];
           for (std::size_t i = 0; i < n; ++i) rest[i] -= static_cast<double>(to_float(x[i * stride + a])) * sum;
