@@ -1,10 +1,11 @@
 // Block Krylov range finder: a basis in which the leading singular directions of W can be found.
 //
-// Method: block Lanczos on WᵀW with full reorthogonalisation, started from Wᵀ·G for a random sign matrix G (Musco &
-// Musco 2015, arXiv 1504.05477; Golub & Underwood 1977). Starting from random columns themselves would save half a
-// pass, but their part in W's null space makes Y nearly dependent, and the singular vectors inaccurate. Deviations:
-// blocks are narrower than the rank, which reaches the same accuracy with fewer products; and X and Y may be rounded to
-// bf16, because what the Rayleigh–Ritz step (rayleigh_ritz.hpp) uses holds for them as they are.
+// Method: block Lanczos on WᵀW with full reorthogonalisation, started from Wᵀ·S for a random sparse S (Musco & Musco
+// 2015, arXiv 1504.05477; Golub & Underwood 1977; for S, Clarkson & Woodruff 2013, arXiv 1207.6365). Starting from
+// random columns themselves would save half a pass, but their part in W's null space makes the singular vectors
+// inaccurate. Deviations: blocks are narrower than the rank, which reaches the same accuracy with fewer products; and X
+// and Y may be rounded to bf16, because what the Rayleigh–Ritz step (rayleigh_ritz.hpp) uses holds for them as they
+// are.
 #pragma once
 
 #include <cstddef>

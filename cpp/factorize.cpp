@@ -1,0 +1,258 @@
+#include "factorize.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <optional>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
+
+#include "clock.hpp"
+#include "lapack.hpp"
+#include "packing.hpp"
+#include "range_finder.hpp"
+#include "rayleigh_ritz.hpp"
+
+namespace pissa {
+namespace {
+
+// Stop when the estimate says that a full SVD would capture at most this much more of the leading energy.
+constexpr double kTargetDeficit = 3e-3;
+
+// Where σ_r is less of σ₁ than this, products in bf16 and sums in float would cost the last directions accuracy.
+constexpr double kPrecise = 2e-2;
+
+// How the work is laid out for a rank. Narrower blocks reach the target with fewer columns, but blocks narrower than a
+// vector waste more than that. Measured on weights with language models' spectra: about 2.3·rank + 64 columns reach it.
+// The first check comes a little earlier and tells from the speed of convergence when the next is due.
+struct Schedule {
+  Schedule(const Weight& weight, std::size_t rank, std::size_t passes) {
+    const std::size_t limit = std::min(weight.rows, weight.cols);
+    first_check = (2 * rank + 48) / block;
+    max_passes = passes > 0 ? passes : (6 * rank + 64) / block + 1;
+    // Where the basis would have to span most of the space, its whole Gram matrix is cheaper and exact.
+    const std::size_t expected = 2 * rank + rank / 4 + 64;
+    exact = passes == 0 ? 4 * expected >= 3 * limit : rank + 2 * block > limit;
+    if (!exact) max_passes = std::min(max_passes, limit / block);
+    min_passes = (rank + block - 1) / block;
+    if (!exact && max_passes < min_passes) exact = true;
+    first_check = std::clamp(first_check, min_passes, std::max(min_passes, max_passes));
+  }
+  static constexpr std::size_t block = 16;
+  std::size_t first_check, max_passes, min_passes;
+  bool exact;
+};
+
+constexpr std::size_t kExactPiece = 512;
+
+// Squares of float between which their sums and products stay in range.
+constexpr double kSmallSquare = 1e-20, kLargeSquare = 1e20;
+
+// All singular directions of the smaller side, from its Gram matrix in T. None where float is not precise enough for
+// them.
+template <class T>
+std::optional<Factors> factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& weight,
+                                      std::size_t rank) {
+  const bool wide = weight.rows <= weight.cols;
+  const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
+  std::vector<float> row(weight.cols);
+  Buffer<T> piece(pool.scratch(), small * kExactPiece), gram(pool.scratch(), small * small);
+  // Column-major small × count: elements [begin, begin + count) of the larger side.
+  const auto load = [&](std::size_t begin, std::size_t count) {
+    const std::size_t bytes = size_of(weight.dtype);
+    if (wide) {
+      for (std::size_t i = 0; i < small; ++i) {
+        kernels.widen(static_cast<const char*>(weight.data) + (i * weight.cols + begin) * bytes, weight.dtype,
+                      row.data(), count);
+        for (std::size_t j = 0; j < count; ++j) piece[j * small + i] = static_cast<T>(row[j]);
+      }
+    } else {
+      for (std::size_t j = 0; j < count; ++j) {
+        kernels.widen(static_cast<const char*>(weight.data) + (begin + j) * weight.cols * bytes, weight.dtype,
+                      row.data(), small);
+        for (std::size_t i = 0; i < small; ++i) piece[j * small + i] = static_cast<T>(row[i]);
+      }
+    }
+  };
+  for (std::size_t at = 0; at < large; at += kExactPiece) {
+    const std::size_t count = std::min(kExactPiece, large - at);
+    load(at, count);
+    lapack::gemm('N', 'T', small, small, count, T{1}, piece.data(), small, piece.data(), small, at == 0 ? T{0} : T{1},
+                 gram.data(), small);
+  }
+  double trace = 0;
+  for (std::size_t i = 0; i < small; ++i) trace += static_cast<double>(gram[i * small + i]);
+  constexpr bool kIsDouble = std::is_same_v<T, double>;
+  if (!kIsDouble && !(trace > kSmallSquare && trace < kLargeSquare)) return std::nullopt;
+  if (!std::isfinite(trace)) throw std::domain_error("holds NaN or infinity");
+  std::vector<double> values(rank);
+  Buffer<T> vectors(pool.scratch(), small * rank), other(pool.scratch(), large * rank);
+  if (!lapack::largest_eigenpairs(small, gram.data(), rank, values.data(), vectors.data())) {
+    throw std::runtime_error("LAPACK stedc did not converge");
+  }
+  if (!kIsDouble && values[rank - 1] < kPrecise * kPrecise * values[0]) return std::nullopt;
+  for (std::size_t at = 0; at < large; at += kExactPiece) {
+    const std::size_t count = std::min(kExactPiece, large - at);
+    load(at, count);
+    lapack::gemm('T', 'N', count, rank, small, T{1}, piece.data(), small, vectors.data(), small, T{0},
+                 other.data() + at, large);
+  }
+  Factors factors;
+  factors.sigma.resize(rank);
+  factors.order.resize(rank);
+  std::iota(factors.order.begin(), factors.order.end(), 0);
+  factors.stride = rank;
+  factors.left = Buffer<float>(pool.scratch(), weight.rows * rank);
+  factors.right = Buffer<float>(pool.scratch(), weight.cols * rank);
+  for (std::size_t i = 0; i < rank; ++i) {
+    const T* image = other.data() + i * large;
+    factors.sigma[i] = std::sqrt(std::inner_product(image, image + large, image, 0.0));
+    const double inverse = factors.sigma[i] > 0 ? 1 / factors.sigma[i] : 0;
+    for (std::size_t j = 0; j < small; ++j) {
+      const auto v = static_cast<double>(vectors[i * small + j]);
+      if (wide) {
+        factors.left[j * rank + i] = static_cast<float>(v);
+      } else {
+        factors.right[j * rank + i] = static_cast<float>(v * factors.sigma[i]);
+      }
+    }
+    for (std::size_t j = 0; j < large; ++j) {
+      if (wide) {
+        factors.right[j * rank + i] = static_cast<float>(image[j]);
+      } else {
+        factors.left[j * rank + i] = static_cast<float>(static_cast<double>(image[j]) * inverse);
+      }
+    }
+  }
+  factors.length = factors.sigma;
+  return factors;
+}
+
+// The triplets that a Krylov basis holds. X is orthonormal up to its rounding only, and so X·v is not quite of length
+// one: W·(X·v) = σ·u holds as it is, and for the direction of X·v, σ is less by that length.
+template <class Element>
+Factors combine(const RangeFinder<Element>& finder, const RitzTriplets& ritz, std::size_t rank) {
+  const KrylovBasis& basis = finder.basis();
+  const std::size_t k = basis.columns();
+  std::vector<double> to_left(ritz.vectors);
+  for (std::size_t i = 0; i < rank; ++i) {
+    for (std::size_t j = 0; j < k; ++j) to_left[i * k + j] *= ritz.sigma[i] > 0 ? 1 / ritz.sigma[i] : 0.0;
+  }
+  Factors factors;
+  factors.stride = round_up(rank, 16);
+  factors.left = finder.combine_y(to_left, rank);
+  factors.right = finder.combine_x(ritz.vectors, rank);
+  std::vector<double> sigma(rank), length(rank, 0.0);
+  for (std::size_t j = 0; j < factors.right.size() / factors.stride; ++j) {
+    const float* row = factors.right.data() + j * factors.stride;
+    for (std::size_t i = 0; i < rank; ++i) length[i] += static_cast<double>(row[i]) * static_cast<double>(row[i]);
+  }
+  for (std::size_t i = 0; i < rank; ++i) {
+    length[i] = std::sqrt(length[i]);
+    sigma[i] = ritz.sigma[i] > 0 ? std::ldexp(ritz.sigma[i], basis.exponent) / length[i] : 0.0;
+  }
+  factors.order.resize(rank);
+  std::iota(factors.order.begin(), factors.order.end(), 0);
+  std::stable_sort(factors.order.begin(), factors.order.end(),
+                   [&](std::size_t i, std::size_t j) { return sigma[i] > sigma[j]; });
+  for (const std::size_t column : factors.order) {
+    factors.sigma.push_back(sigma[column]);
+    factors.length.push_back(length[column]);
+  }
+  return factors;
+}
+
+template <class Element>
+Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request,
+                         const Schedule& schedule, bool exact, SplitResult& result) {
+  const Weight& weight = request.weight;
+  const std::size_t rank = request.rank;
+  auto start = Clock::now();
+  std::optional<RangeFinder<Element>> finder;
+  finder.emplace(kernels, pool, weight, Schedule::block, schedule.max_passes, request.key);
+  const auto start_over = [&] {
+    finder.reset();
+    return factor_by_krylov<float>(kernels, pool, request, schedule, true, result);
+  };
+  if (finder->out_of_range()) return start_over();
+  result.sweep_seconds += seconds_since(start);
+  result.block = Schedule::block;
+  if (finder->zero()) {
+    Factors none;
+    none.stride = rank;
+    none.left = Buffer<float>(pool.scratch(), weight.rows * rank);
+    none.right = Buffer<float>(pool.scratch(), weight.cols * rank);
+    std::fill(none.left.begin(), none.left.end(), 0.0f);
+    std::fill(none.right.begin(), none.right.end(), 0.0f);
+    none.length.assign(rank, 0.0);
+    none.sigma.assign(rank, 0.0);
+    none.order.assign(rank, 0);
+    return none;
+  }
+  const KrylovBasis& basis = finder->basis();
+  RitzTriplets ritz;
+  std::size_t next = request.passes > 0 ? schedule.max_passes : schedule.first_check;
+  for (bool last = request.passes > 0;; last = true) {
+    start = Clock::now();
+    finder->advance_to(next, last);
+    result.sweep_seconds += seconds_since(start);
+    start = Clock::now();
+    ritz = rayleigh_ritz(pool, finder->gram(exact), basis.columns(), rank, Schedule::block, exact);
+    if (basis.exhausted) ritz.estimated_deficit = 0;
+    result.ritz_seconds += seconds_since(start);
+    // A few directions far above all others, or a W of low rank: the others drown in the rounding of what is computed
+    // in bf16, or of sums in float.
+    if (!exact && ritz.sigma[rank - 1] < kPrecise * ritz.sigma[0]) return start_over();
+    if (ritz.estimated_deficit <= kTargetDeficit || basis.exhausted || basis.passes == schedule.max_passes) break;
+    // A check costs as much as a pass or two: the next is where the estimate will have come down, but not far ahead, as
+    // single passes gain more or less than those around them.
+    const double factor = std::log(ritz.estimated_deficit / kTargetDeficit) / -std::log(ritz.convergence);
+    const double limit = std::ceil(static_cast<double>(basis.passes) / 4);
+    const double ahead = ritz.convergence < 1 ? std::clamp(std::ceil(0.9 * factor), 1.0, limit) : limit;
+    next = std::min(schedule.max_passes, basis.passes + static_cast<std::size_t>(ahead));
+  }
+  start = Clock::now();
+  result.passes = basis.passes;
+  result.householder = basis.householder;
+  result.estimated_deficit = ritz.estimated_deficit;
+  Factors factors = combine(*finder, ritz, rank);
+  result.ritz_seconds += seconds_since(start);
+  return factors;
+}
+
+// In a small matrix the rounding of X and Y to bf16 does not average out, and there is little to gain.
+constexpr std::size_t kSmallForBf16 = 96;
+
+bool uses_bf16(const Kernels& kernels, const Weight& weight) {
+  return kernels.bf16 != nullptr && weight.dtype == DType::bf16 && std::min(weight.rows, weight.cols) >= kSmallForBf16;
+}
+
+}  // namespace
+
+Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, SplitResult& result) {
+  const Weight& weight = request.weight;
+  const Schedule schedule(weight, request.rank, request.passes);
+  if (!schedule.exact) {
+    return uses_bf16(kernels, weight)
+               ? factor_by_krylov<std::uint16_t>(kernels, pool, request, schedule, false, result)
+               : factor_by_krylov<float>(kernels, pool, request, schedule, weight.dtype == DType::f32, result);
+  }
+  const auto start = Clock::now();
+  std::optional<Factors> factors;
+  if (weight.dtype != DType::f32) factors = factor_exactly<float>(kernels, pool, weight, request.rank);
+  if (!factors) factors = factor_exactly<double>(kernels, pool, weight, request.rank);
+  result.ritz_seconds = seconds_since(start);
+  return std::move(*factors);
+}
+
+std::size_t factorize_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads) {
+  const Schedule schedule(weight, rank, passes);
+  const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
+  if (schedule.exact) return sizeof(double) * (2 * small * small + small * (kExactPiece + rank) + large * rank);
+  const std::size_t columns = Schedule::block * schedule.max_passes;
+  return RangeFinder<float>::workspace_bytes(weight, Schedule::block, schedule.max_passes, threads) +
+         sizeof(double) * 6 * columns * columns;
+}
+
+}  // namespace pissa
