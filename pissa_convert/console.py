@@ -142,14 +142,22 @@ def print_report(report: Report | LoraReport | MergeReport) -> None:
 
 
 def _print_merge_report(report: MergeReport) -> None:
-    peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
     print(
-        f"""{"continued and finished" if report.resumed else "finished"} {report.dest} in {report.wall_seconds:.1f} s: \
-{report.tensors} tensors changed{peak}
+        f"""{_finished(report, f"{report.tensors} tensors changed")}
 {_stages(report.timings)}
 W + s·B·A within {report.relative_error:.1e}, its rounding""",
         file=sys.stderr,
     )
+
+
+def _finished(report: Report | LoraReport | MergeReport, what: str) -> str:
+    continued = report.resumed and not isinstance(report, LoraReport)  # whose work is done again from its start
+    verb = "continued and finished" if continued else "finished"
+    return f"{verb} {report.dest} in {report.wall_seconds:.1f} s: {what}{_peak(report.peak_memory)}"
+
+
+def _peak(nbytes: int | None) -> str:
+    return f", peak memory {_amount(nbytes)}" if nbytes else ""
 
 
 def _stages(timings: Timings) -> str:
@@ -168,12 +176,11 @@ def _print_lora_report(report: LoraReport) -> None:
     why = ""
     if max(ranks) == report.exact_rank:
         why = ": s′·B′·A′ − s·B·A has the rank of both adapters together; --rank K makes it smaller"
-    peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
     moved = (
         f"; training moved the adapter by {report.relative_change:.1e} of its norm" if report.relative_change else ""
     )
     print(
-        f"""finished {report.dest} in {report.wall_seconds:.1f} s: {len(ranks)} modules{peak}
+        f"""{_finished(report, f"{len(ranks)} modules")}
 rank {shown}{why}
 within {report.relative_error:.1e} of ‖ΔW‖, at worst {report.modules[worst]["relative_error"]:.1e} in {worst}{moved}
 load it with PEFT onto the original model""",
@@ -182,10 +189,8 @@ load it with PEFT onto the original model""",
 
 
 def _print_split_report(report: Report) -> None:
-    peak = f", peak memory {_amount(report.peak_memory)}" if report.peak_memory else ""
     print(
-        f"""{"continued and finished" if report.resumed else "finished"} {report.dest} in {report.wall_seconds:.1f} s: \
-{report.tensors} weights split{peak}
+        f"""{_finished(report, f"{report.tensors} weights split")}
 {_stages(report.timings)}
 W = W_res + s·B·A within {report.relative_error:.1e} of ‖W‖; \
 a full SVD would capture at most about {report.estimated_deficit:.2%} more
@@ -206,8 +211,8 @@ def print_verification(found: Verification, source: Path | str | None) -> None:
     if source is not None:
         what = _COMPARED[found.to]
         compared = ", and " + what.format(found.relative_error or 0, found.tensors)
-    seconds, peak = found.wall_seconds, f", peak memory {_amount(found.peak_memory)}" if found.peak_memory else ""
-    print(f"{found.dest}: every digest of {found.files} files fits{compared}; {seconds:.1f} s{peak}", file=sys.stderr)
+    took = f"{found.wall_seconds:.1f} s{_peak(found.peak_memory)}"
+    print(f"{found.dest}: every digest of {found.files} files fits{compared}; {took}", file=sys.stderr)
     if found.unexpected:
         shown = ", ".join(found.unexpected[:5]) + (", …" if len(found.unexpected) > 5 else "")
         print(f"note: {len(found.unexpected)} files are no part of the conversion: {shown}", file=sys.stderr)

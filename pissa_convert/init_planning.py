@@ -13,9 +13,9 @@ from pissa_convert.formats.adapter_folder import AdapterFolder, Pair, open_adapt
 from pissa_convert.formats.checkpoint import Checkpoint, open_checkpoint
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from pissa_convert.formats.safetensors import TensorInfo, lay_out
-from pissa_convert.linalg import SplitSpec, tensor_key
-from pissa_convert.options import ADAPTER_DTYPES, SplitOptions, split_options
-from pissa_convert.planning import ADAPTER_FOLDER
+from pissa_convert.linalg import SplitSpec
+from pissa_convert.options import SplitOptions, split_options
+from pissa_convert.planning import ADAPTER_FOLDER, split_spec
 from pissa_convert.targets import Action, decide
 
 _RECORD = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
@@ -89,7 +89,7 @@ def stored_init(path: Path) -> Init:
         pairs=folder.pairs,
         recorded=manifest.output.get(_RECORD) if manifest else None,
         base=base if isinstance(base, str) and manifest is None else None,
-        base_files=_weights(manifest),
+        base_files=manifest.source_weights if manifest else {},
         sources={f"init/{name}": root / name for name in (CONFIG_NAME, WEIGHTS_NAME)},
     )
 
@@ -100,11 +100,6 @@ def split_manifest(folder: Path) -> Manifest | None:
         return None
     manifest = read_manifest(folder / MANIFEST_NAME)
     return manifest if manifest.head["to"] in _SPLITS else None
-
-
-def _weights(manifest: Manifest | None) -> dict[str, FileRecord]:
-    files = manifest.source.items() if manifest else ()
-    return {name: record for name, record in files if name.endswith(".safetensors")}
 
 
 def derived_init(model: Path, trained: AdapterFolder, kept: Path | None, given: Mapping[str, Any]) -> Init:
@@ -148,7 +143,7 @@ def derived_init(model: Path, trained: AdapterFolder, kept: Path | None, given: 
         pairs=pairs,
         recorded=manifest.output.get(_RECORD) if manifest else None,
         base=None,
-        base_files=_weights(manifest),
+        base_files=manifest.source_weights if manifest else {},
         derivations=derivations,
         options={name: options.as_json()[name] for name in ("seed", "passes", "adapter_dtype")},
     )
@@ -183,9 +178,11 @@ def _options_from(trained: AdapterFolder, given: Mapping[str, Any]) -> SplitOpti
 
 
 def _check_same_model(checkpoint: Checkpoint, manifest: Manifest | None) -> None:
+    if manifest is None:
+        return
     sizes = {shard.path.name: shard.size for shard in checkpoint.shards}
-    recorded = {name: record.size for name, record in _weights(manifest).items()}
-    if manifest is not None and sizes != recorded:
+    recorded = {name: record.size for name, record in manifest.source_weights.items()}
+    if sizes != recorded:
         raise RequestError(
             "--base is not the model that --init was split from",
             file=checkpoint.root,
@@ -206,21 +203,7 @@ def _derivations(checkpoint: Checkpoint, trained: AdapterFolder, options: SplitO
         for tensor in shard.tensors:
             if tensor.name in chosen and options.rank <= min(tensor.shape):
                 decision = chosen[tensor.name]
-                found[decision.module] = Derivation(
-                    shard.path,
-                    tensor,
-                    SplitSpec(
-                        rows=tensor.shape[0],
-                        cols=tensor.shape[1],
-                        dtype=tensor.dtype,
-                        rank=options.rank,
-                        scaling=options.scaling,
-                        adapter_dtype=ADAPTER_DTYPES[options.adapter_dtype],
-                        fan_in_fan_out=decision.fan_in_fan_out,
-                        passes=options.passes,
-                        key=tensor_key(options.seed, tensor.name),
-                    ),
-                )
+                found[decision.module] = Derivation(shard.path, tensor, split_spec(tensor, decision, options))
     for module, pair in trained.pairs.items():
         if module not in found:
             raise RequestError(

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from pissa_convert import __version__
+from pissa_convert.fingerprint import fingerprint
 from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder, Pair
 from pissa_convert.formats.lora_card import lora_card, lora_config
-from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Fixed, FixedCount, render_manifest
+from pissa_convert.formats.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Fixed,
+    FixedCount,
+    blank_records,
+    manifest_head,
+    render_manifest,
+    sizes_of,
+)
 from pissa_convert.formats.model_card import CARD_NAME
 from pissa_convert.formats.safetensors import TensorInfo, lay_out
 from pissa_convert.init_planning import Init
@@ -116,13 +126,7 @@ class LoraPlan:
     @property
     def head(self) -> dict[str, Any]:
         """What the manifest says of the conversion as a whole."""
-        return {
-            "tool": "pissa-convert",
-            "version": __version__,
-            "to": self.to,
-            "backend": "numpy",
-            "options": {**self.options.as_json(), **self.init.options},
-        }
+        return manifest_head(self.to, "numpy", {**self.options.as_json(), **self.init.options})
 
     @cached_property
     def _layout(self) -> tuple[bytes, tuple[TensorInfo, ...]]:
@@ -174,13 +178,11 @@ class LoraPlan:
     def output_sizes(self) -> dict[str, int]:
         """Size in bytes of every file of the result; with `--rank auto` at most."""
         sizes = {WEIGHTS_NAME: self.size}
-        sizes |= {name: (self.trained.root / name).stat().st_size for name in self.companions}
+        sizes |= sizes_of({name: self.trained.root / name for name in self.companions})
         sizes |= {name: len(text) for name, text in self.texts.items()}
-        blank = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
-        sources = {name: FileRecord(path.stat().st_size, "0" * 64) for name, path in self.sources.items()}
-        sources |= {INIT_WEIGHTS: FileRecord(self.init.size, "0" * 64)}
+        sources, outputs = blank_records({**sizes_of(self.sources), INIT_WEIGHTS: self.init.size}), blank_records(sizes)
         results = {module.name: ModuleResult(0) for module in self.modules}
-        return sizes | {MANIFEST_NAME: len(lora_manifest(self, sources, blank, results))}
+        return sizes | {MANIFEST_NAME: len(lora_manifest(self, sources, outputs, results))}
 
     @property
     def sources(self) -> dict[str, Path]:
@@ -188,23 +190,11 @@ class LoraPlan:
         names = (CONFIG_NAME, WEIGHTS_NAME, *self.companions)
         return {f"trained/{name}": self.trained.root / name for name in names} | dict(self.init.sources)
 
-    @cached_property
+    @property
     def fingerprint(self) -> dict[str, Any]:
-        """What must be unchanged for an interrupted run to be taken up again."""
-        head = self.head
-        options = head.pop("options")
+        """What must be unchanged for an interrupted run to be taken up again; the files as they are at this moment."""
         shards = {derivation.shard for derivation in self.init.derivations.values()}
-        files = self.sources | {f"of --base {path.name}": path for path in sorted(shards)}
-        return {
-            **head,
-            **{f"--{name.replace('_', '-')}": value for name, value in options.items()},
-            **{f"source file {name}": _identity(path) for name, path in files.items()},
-        }
-
-
-def _identity(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+        return fingerprint(self.head, self.sources | {f"of --base {path.name}": path for path in sorted(shards)})
 
 
 def lora_manifest(

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from pissa_convert import __version__
+from pissa_convert.fingerprint import fingerprint
 from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder
 from pissa_convert.formats.checkpoint import INDEX_NAME, Checkpoint
-from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Fixed, render_manifest
+from pissa_convert.formats.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Fixed,
+    blank_records,
+    manifest_head,
+    render_manifest,
+    sizes_of,
+)
 from pissa_convert.formats.merged_texts import merged_card, merged_config, merged_index
 from pissa_convert.formats.model_card import CARD_NAME
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo, lay_out
@@ -75,13 +84,7 @@ class MergePlan:
     @property
     def head(self) -> dict[str, Any]:
         """What the manifest says of the conversion as a whole."""
-        return {
-            "tool": "pissa-convert",
-            "version": __version__,
-            "to": self.to,
-            "backend": "numpy",
-            "options": self.options.as_json(),
-        }
+        return manifest_head(self.to, "numpy", self.options.as_json())
 
     @property
     def auxiliary(self) -> list[str]:
@@ -127,9 +130,8 @@ class MergePlan:
     @property
     def copies(self) -> list[str]:
         """Auxiliary files that are copied, in the order of their commits: what makes the folder load comes last."""
-        last = [self.checkpoint.index, "config.json"]
-        names = [name for name in self.auxiliary if name not in {**self.texts, **self.last_texts}]
-        return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
+        made = {**self.texts, **self.last_texts}
+        return self.checkpoint.loading_last(name for name in self.auxiliary if name not in made)
 
     @cached_property
     def output_sizes(self) -> dict[str, int]:
@@ -138,11 +140,10 @@ class MergePlan:
         if self.beside is not None:
             sizes[self.beside.name] = self.beside.size
         sizes |= {name: len(text) for name, text in {**self.texts, **self.last_texts}.items()}
-        sizes |= {name: self.sources[name].stat().st_size for name in self.copies}
-        blank = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
-        sources = {name: FileRecord(path.stat().st_size, "0" * 64) for name, path in self.sources.items()}
+        sizes |= sizes_of({name: self.sources[name] for name in self.copies})
+        sources, outputs = blank_records(sizes_of(self.sources)), blank_records(sizes)
         stats = {step.key: MergeStats() for step in self.merges}
-        return sizes | {MANIFEST_NAME: len(self.manifest(sources, blank, stats))}
+        return sizes | {MANIFEST_NAME: len(self.manifest(sources, outputs, stats))}
 
     @property
     def merges(self) -> Iterator[Merge]:
@@ -152,9 +153,7 @@ class MergePlan:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What must be unchanged for a partial result to be continued."""
-        identities = {f"source file {name}": _identity(path) for name, path in self.sources.items()}
-        options = {f"--{name}": value for name, value in self.options.as_json().items()}
-        return {name: value for name, value in self.head.items() if name != "options"} | options | identities
+        return fingerprint(self.head, self.sources)
 
     def manifest(
         self, source: Mapping[str, FileRecord], output: Mapping[str, FileRecord], stats: Mapping[str, MergeStats]
@@ -183,11 +182,6 @@ def describe(change: Change) -> str:
     if change.pair is None:
         return "as it was"
     return "bias added" if change.is_bias else f"s·B·A of rank {change.pair.rank} added"
-
-
-def _identity(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def shard_tensors(shard: SafetensorsFile, dtype: str | None) -> tuple[bytes, tuple[TensorInfo, ...]]:

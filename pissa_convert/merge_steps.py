@@ -9,7 +9,7 @@ from typing import Any
 
 from pissa_convert.formats.adapter_folder import Pair
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo
-from pissa_convert.steps import Copy, Step
+from pissa_convert.steps import Step, align, steps_of
 from pissa_convert.transforms.merge import WIDTHS, MergeStats
 
 BLOCK = 16 << 20
@@ -39,10 +39,6 @@ class Target:
 
     dtype: str
     change: Change
-
-
-def _align(offset: int) -> int:
-    return -(-offset // 64) * 64
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class Merge:
     @property
     def result(self) -> slice:
         """The part of the buffer that goes to the output shard; in place where the dtype stays."""
-        at = 0 if self.main.dtype == self.dtype else _align(self.end - self.begin)
+        at = 0 if self.main.dtype == self.dtype else align(self.end - self.begin)
         return slice(at, at + self._nbytes(self.main.dtype))
 
     @property
@@ -101,7 +97,7 @@ class Merge:
         """The part that goes to the file beside the shards."""
         if self.slot is None:
             return ()
-        at = _align(max(self.result.stop, self.end - self.begin))
+        at = align(max(self.result.stop, self.end - self.begin))
         return ((slice(at, at + self.slot.nbytes), self.slot),)
 
     @property
@@ -133,22 +129,12 @@ def merge_steps(
         places: where each tensor lies in the output shard.
         treatments: of the tensors that are changed; the others are copied.
     """
-    passing: list[TensorInfo] = []
-    for tensor in shard.tensors:
-        if tensor.name not in treatments:
-            passing.append(tensor)
-            continue
-        if passing:
-            yield _copy(passing, places)
-            passing = []
-        yield from _rows(tensor, places[tensor.name], treatments[tensor.name])
-    if passing:
-        yield _copy(passing, places)
 
+    def rows(tensor: TensorInfo) -> Iterator[Merge]:
+        if tensor.name in treatments:
+            yield from _rows(tensor, places[tensor.name], treatments[tensor.name])
 
-def _copy(tensors: list[TensorInfo], places: Mapping[str, TensorInfo]) -> Copy:
-    names = tuple(tensor.name for tensor in tensors)
-    return Copy(tensors[0].begin, tensors[-1].end, places[names[0]].begin, names)
+    return steps_of(shard.tensors, lambda tensor: places[tensor.name].begin, rows)
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -17,9 +17,17 @@ from typing import Any
 
 from pissa_convert import __version__
 from pissa_convert.errors import RequestError
+from pissa_convert.fingerprint import fingerprint
 from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_keys
 from pissa_convert.formats.checkpoint import Checkpoint, open_checkpoint
-from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, render_manifest
+from pissa_convert.formats.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    blank_records,
+    manifest_head,
+    render_manifest,
+    sizes_of,
+)
 from pissa_convert.formats.model_card import CARD_NAME, residual_card
 from pissa_convert.formats.safetensors import TensorInfo, lay_out
 from pissa_convert.linalg import Backend, SplitSpec, SplitStats, tensor_key
@@ -96,13 +104,7 @@ class Plan:
     @property
     def head(self) -> dict[str, Any]:
         """What the manifest says of the conversion as a whole; with the sources' bytes it decides every output byte."""
-        return {
-            "tool": "pissa-convert",
-            "version": __version__,
-            "to": self.to,
-            "backend": self.backend,
-            "options": self.options.as_json(),
-        }
+        return manifest_head(self.to, self.backend, self.options.as_json())
 
     @cached_property
     def texts(self) -> dict[str, bytes]:
@@ -116,9 +118,7 @@ class Plan:
     @property
     def copies(self) -> list[str]:
         """Auxiliary files that are copied, in the order of their commits: what makes the folder load comes last."""
-        last = [self.checkpoint.index, "config.json"]
-        names = [name for name in self.checkpoint.auxiliary if name not in self.texts]
-        return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
+        return self.checkpoint.loading_last(name for name in self.checkpoint.auxiliary if name not in self.texts)
 
     @property
     def sources(self) -> dict[str, Path]:
@@ -132,14 +132,10 @@ class Plan:
         sizes = {shard.name: shard.size for shard in self.shards}
         sizes[self.adapter.name] = self.adapter.size
         sizes |= {name: len(text) for name, text in self.texts.items()}
-        sizes |= {name: (self.source / name).stat().st_size for name in self.copies}
-        blank = {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
-        sources = {shard.name: FileRecord(shard.source.size, "0" * 64) for shard in self.shards}
-        sources |= {
-            name: FileRecord((self.source / name).stat().st_size, "0" * 64) for name in self.checkpoint.auxiliary
-        }
+        sizes |= sizes_of({name: self.sources[name] for name in self.copies})
+        sources, outputs = blank_records(sizes_of(self.sources)), blank_records(sizes)
         stats = {step.tensor: SplitStats.blank(self.options.rank) for step in self.splits}
-        return sizes | {MANIFEST_NAME: len(self.manifest(sources, blank, stats))}
+        return sizes | {MANIFEST_NAME: len(self.manifest(sources, outputs, stats))}
 
     def manifest(
         self, source: Mapping[str, FileRecord], output: Mapping[str, FileRecord], stats: Mapping[str, SplitStats]
@@ -163,16 +159,7 @@ class Plan:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What must be unchanged for a partial result to be continued."""
-        return {
-            **{name: value for name, value in self.head.items() if name != "options"},
-            **{f"--{name.replace('_', '-')}": value for name, value in self.options.as_json().items()},
-            **{f"source file {name}": _identity(path) for name, path in self.sources.items()},
-        }
-
-
-def _identity(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+        return fingerprint(self.head, self.sources)
 
 
 def make_plan(
@@ -206,7 +193,7 @@ def make_plan(
         for tensor in shard.tensors:
             if tensor.name in chosen:
                 _check_rank(shard.path, tensor, options.rank)
-                specs[tensor.name] = _spec(tensor, chosen[tensor.name], options)
+                specs[tensor.name] = split_spec(tensor, chosen[tensor.name], options)
     adapter, slots = _plan_adapter(checkpoint, decisions, specs, options)
     shards = tuple(
         ShardPlan(shard, shard.header, shard.size, tuple(split_steps(shard, specs, slots)))
@@ -263,7 +250,8 @@ def _check_rank(file: Path, tensor: TensorInfo, rank: int) -> None:
         )
 
 
-def _spec(tensor: TensorInfo, decision: Decision, options: SplitOptions) -> SplitSpec:
+def split_spec(tensor: TensorInfo, decision: Decision, options: SplitOptions) -> SplitSpec:
+    """What the split of a chosen weight is."""
     rows, cols = tensor.shape
     return SplitSpec(
         rows=rows,

@@ -6,7 +6,7 @@ then go from there to the output shard and, beside it, to the adapter or another
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,8 @@ from pissa_convert.linalg import SplitSpec, SplitStats
 from pissa_convert.memory import chunks
 
 
-def _align(offset: int) -> int:
+def align(offset: int) -> int:
+    """The next place in a buffer where values of any kind may begin."""
     return -(-offset // 64) * 64
 
 
@@ -123,8 +124,8 @@ class Split:
     @property
     def parts(self) -> tuple[slice, slice, slice]:
         """Where the weight (which becomes the residual in place), A and B lie in this step's one buffer."""
-        a_at = _align(self.end - self.begin)
-        b_at = _align(a_at + self.a.nbytes)
+        a_at = align(self.end - self.begin)
+        b_at = align(a_at + self.a.nbytes)
         return slice(0, self.end - self.begin), slice(a_at, a_at + self.a.nbytes), slice(b_at, b_at + self.b.nbytes)
 
     @property
@@ -185,23 +186,39 @@ def split_steps(
 
     A residual is as long as its weight, so every tensor stays where it is.
     """
+
+    def split(tensor: TensorInfo) -> Iterator[Change]:
+        if tensor.name in specs:
+            yield Split(tensor.begin, tensor.end, tensor.begin, tensor.name, specs[tensor.name], *slots[tensor.name])
+
+    return steps_of(shard.tensors, lambda tensor: tensor.begin, split)
+
+
+def steps_of(
+    tensors: Iterable[TensorInfo], place: Callable[[TensorInfo], int], changes: Callable[[TensorInfo], Iterator[Change]]
+) -> Iterator[Step]:
+    """The steps of a shard.
+
+    Args:
+        tensors: in the order of the source's bytes, which is that of the output's.
+        place: where a tensor begins in the output shard.
+        changes: the steps that make it up; where there are none it is copied.
+    """
     passing: list[TensorInfo] = []
-    for tensor in shard.tensors:
-        if tensor.name not in specs:
-            passing.append(tensor)
-            continue
-        if passing:
-            yield _copy(passing)
+    for tensor in tensors:
+        steps = list(changes(tensor))
+        if steps and passing:
+            yield _copy(passing, place)
             passing = []
-        a, b = slots[tensor.name]
-        yield Split(tensor.begin, tensor.end, tensor.begin, tensor.name, specs[tensor.name], a, b)
+        yield from steps
+        if not steps:
+            passing.append(tensor)
     if passing:
-        yield _copy(passing)
+        yield _copy(passing, place)
 
 
-def _copy(tensors: list[TensorInfo]) -> Copy:
-    begin = tensors[0].begin
-    return Copy(begin, tensors[-1].end, begin, tuple(tensor.name for tensor in tensors))
+def _copy(tensors: list[TensorInfo], place: Callable[[TensorInfo], int]) -> Copy:
+    return Copy(tensors[0].begin, tensors[-1].end, place(tensors[0]), tuple(tensor.name for tensor in tensors))
 
 
 def flights(shards: Iterable[ShardPlan]) -> Iterator[int]:

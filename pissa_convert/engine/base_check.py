@@ -101,26 +101,17 @@ def _origin(adapter: AdapterFolder) -> _Origin | None:
     if own is not None and own.head["to"] == "lora" and own.base:
         return _Origin(own.base, "the original model")
     split = split_manifest(adapter.root.parent) if adapter.root.name == ADAPTER_FOLDER else None
-    return _Origin(_shards(split), "the residual model beside it") if split is not None else None
+    return _Origin(split.shards, "the residual model beside it") if split is not None else None
 
 
 def _manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else None
 
 
-def _shards(manifest: Manifest) -> dict[str, FileRecord]:
-    """The records of a split's residual."""
-    return {name: record for name, record in manifest.output.items() if name in manifest.source and _is_shard(name)}
-
-
-def _is_shard(name: str) -> bool:
-    return name.endswith(".safetensors")
-
-
 def _check_residual(plan: MergePlan, split: Manifest, origin: _Origin | None) -> None:
     """SOURCE says itself that it is a residual: only what began as its adapter goes on it."""
     if origin is not None:
-        if origin.files != _shards(split):
+        if origin.files != split.shards:
             raise RequestError(
                 f"SOURCE is a residual model, and the adapter was made for {origin.what}",
                 file=plan.source,

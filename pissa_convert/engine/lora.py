@@ -187,7 +187,7 @@ def _read(module: Module, trained: FactorFile, init: InitFactors) -> ModuleInput
 
 def _check_unchanged(plan: LoraPlan, before: Mapping[str, Any]) -> None:
     """What was read while working is what was hashed: nothing has changed since before either."""
-    now = replace(plan).fingerprint
+    now = plan.fingerprint
     for name, value in before.items():
         if now[name] != value:
             raise ConversionError(

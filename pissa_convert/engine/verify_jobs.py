@@ -59,7 +59,7 @@ def jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterat
 
 
 def _split_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
-    shards = _shards(manifest) if origins.source is not None else set()
+    shards = set(manifest.shards) if origins.source is not None else set()
     if origins.source is not None:
         for name, record in manifest.source.items():
             if name not in shards:
@@ -103,10 +103,6 @@ def _merged_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -
     for name, record in manifest.output.items():
         if name not in shards:
             yield partial(_check_file, dest / name, record, seen)
-
-
-def _shards(manifest: Manifest) -> set[str]:
-    return {name for name in manifest.output if name in manifest.source and name.endswith(".safetensors")}
 
 
 def _check_file(path: Path, record: FileRecord, seen: Seen) -> Finding:

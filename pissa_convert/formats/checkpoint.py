@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ class Checkpoint:
     def tensors(self) -> Iterator[TensorInfo]:
         """All tensors in the order of shards and offsets."""
         return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    def loading_last(self, names: Iterable[str]) -> list[str]:
+        """Auxiliary files in the order of their commits: what makes a folder load comes last."""
+        last = [self.index, "config.json"]
+        return sorted(names, key=lambda name: (last.index(name) if name in last else -1, name))
 
 
 def open_checkpoint(root: Path) -> Checkpoint:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pissa_convert import __version__
 from pissa_convert.errors import FormatError
 from pissa_convert.formats.strict_json import parse_object
 
@@ -40,6 +41,10 @@ class FileRecord:
     sha256: str
 
 
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A manifest as it was read.
@@ -57,6 +62,16 @@ class Manifest:
     output: Mapping[str, FileRecord]
     tensors: Mapping[str, Mapping[str, Any]]
     base: Mapping[str, FileRecord]
+
+    @property
+    def shards(self) -> dict[str, FileRecord]:
+        """The result's weights that are named as the source's are."""
+        return {name: self.output[name] for name in self.output if name in self.source and _is_weights(name)}
+
+    @property
+    def source_weights(self) -> dict[str, FileRecord]:
+        """The source's weights."""
+        return {name: record for name, record in self.source.items() if _is_weights(name)}
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,21 @@ def _render(value: Any) -> str:
 def _block(entries: Mapping[str, Any]) -> str:
     lines = [f"    {json.dumps(name)}: {_render(value)}" for name, value in entries.items()]
     return "{\n" + ",\n".join(lines) + "\n  }"
+
+
+def manifest_head(to: str, backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the conversion as a whole; with the sources' bytes it decides every output byte."""
+    return {"tool": "pissa-convert", "version": __version__, "to": to, "backend": backend, "options": options}
+
+
+def blank_records(sizes: Mapping[str, int]) -> dict[str, FileRecord]:
+    """Records as long as those of the finished files, for what a manifest's size will be."""
+    return {name: FileRecord(size, "0" * 64) for name, size in sizes.items()}
+
+
+def sizes_of(files: Mapping[str, Path]) -> dict[str, int]:
+    """Bytes of files as they are."""
+    return {name: path.stat().st_size for name, path in files.items()}
 
 
 def render_manifest(

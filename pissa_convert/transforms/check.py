@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from pissa_convert.transforms import bfloat16
+
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def widened(data: memoryview, dtype: str, shape: tuple[int, ...]) -> _Array:
     """Bytes of "F32", "F16" or "BF16" as a float64 array."""
     if dtype == "BF16":
-        # float32's upper half
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape).astype(float)
+        return bfloat16.widen(np.frombuffer(data, np.uint16)).reshape(shape).astype(float)
     kinds: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
     return np.frombuffer(data, kinds[dtype]).reshape(shape).astype(float)
 

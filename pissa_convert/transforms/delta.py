@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pissa_convert.errors import WeightError
+from pissa_convert.transforms import bfloat16
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -164,9 +165,8 @@ def rounded(values: Array, dtype: str) -> tuple[bytes, Array]:
             stored = values.astype(np.float32)
         if dtype == "BF16":
             # From float32: rounding twice differs from once only where float32 hit a tie of bfloat16 exactly.
-            bits = stored.view(np.uint32)
-            stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-            meant = (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+            stored = bfloat16.narrow(stored)
+            meant = bfloat16.widen(stored).astype(np.float64)
         else:
             meant = stored.astype(np.float64)
     if not np.isfinite(meant).all():

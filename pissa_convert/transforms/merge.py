@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pissa_convert.errors import WeightError
+from pissa_convert.transforms import bfloat16
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -84,18 +85,13 @@ def merge_rows(
 
 
 def _float32(raw: Any, dtype: str) -> Array:
-    if dtype == "BF16":
-        raw = (raw.astype(np.uint32) << 16).view(np.float32)
-    values: Array = raw.astype(np.float32, copy=False)
+    values: Array = bfloat16.widen(raw) if dtype == "BF16" else raw.astype(np.float32, copy=False)
     return values
 
 
 def _store(values: Array, dtype: str, out: Any) -> None:
     if dtype == "BF16":
-        bits = values.view(np.uint32)
-        # To the nearest, ties to even; what is no number stays none.
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        out[...] = np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+        out[...] = bfloat16.narrow(values)
         infinite = (out & 0x7FFF) == 0x7F80
     else:
         with np.errstate(over="ignore"):

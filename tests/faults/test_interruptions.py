@@ -210,7 +210,7 @@ def test_other_options_do_not_continue_a_run(source: Path, tmp_path: Path, optio
 
 def test_another_version_does_not_continue_a_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(source, tmp_path / "out", 8)
-    monkeypatch.setattr("pissa_convert.planning.__version__", "9.9")
+    monkeypatch.setattr("pissa_convert.formats.manifest.__version__", "9.9")
     with pytest.raises(RequestError, match="version"):
         convert(source, tmp_path / "out", rank=4)
 
