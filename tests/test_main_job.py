@@ -43,14 +43,14 @@ def test_minilm_in_float32_gives_the_originals_output(minilm: Path, tmp_path: Pa
     )
 
     def output(model: torch.nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            return model.eval()(**tokens).last_hidden_state
+        with torch.no_grad():  # in double: what float makes of a padded position depends on the CPU
+            return model.double().eval()(**tokens).last_hidden_state
 
     reference = output(AutoModel.from_pretrained(minilm))
     residual = AutoModel.from_pretrained(tmp_path / "out")
     alone = output(residual)
     result = output(PeftModel.from_pretrained(residual, tmp_path / "out", subfolder="pissa_init"))
-    assert (result - reference).abs().max() < 1e-5 * reference.abs().max()
+    assert (result - reference).abs().max() < 1e-6 * reference.abs().max()
     assert (alone - reference).abs().max() > 1e-2 * reference.abs().max()
 
 
