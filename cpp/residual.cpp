@@ -12,8 +12,7 @@ namespace {
 
 constexpr std::size_t kRowsPerTask = 32;
 constexpr std::size_t kStripsPerPiece = 8;
-constexpr std::size_t kMaxPiece = 8 * 64;
-constexpr std::size_t kMaxTileRows = 16;
+constexpr std::size_t kMaxProduct = 32 * kStripsPerPiece * 32;  // of a tile's rows with a piece's columns
 
 template <class Element, class Value>
 Element convert(Value value) {
@@ -49,7 +48,7 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
   const std::size_t tasks = (weight.rows + kRowsPerTask - 1) / kRowsPerTask;
   std::vector<TileNorms> norms(tasks);
   pool.run(tasks, [&](std::size_t task) {
-    alignas(64) Sum product[kMaxTileRows * kMaxPiece];
+    alignas(64) Sum product[kMaxProduct];
     const std::size_t begin = task * kRowsPerTask;
     const std::size_t end = std::min(weight.rows, begin + kRowsPerTask);
     Buffer<Element> a(pool.scratch(), (end - begin) * steps * depth);

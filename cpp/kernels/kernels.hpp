@@ -4,7 +4,7 @@
 // Wᵀ·Y of a power step and the product of the factors in the residual. `Tile` is that operation for one operand type;
 // sweep.cpp and residual.cpp cut the matrices into tiles and never look at the instruction set.
 //
-// A new instruction set (AMX-BF16, NEON) is a new file that fills a `Kernels` and a line in dispatch.cpp.
+// A new instruction set (NEON) is a new file that fills a `Kernels` and a line in dispatch.cpp.
 #pragma once
 
 #include <cstddef>
@@ -81,6 +81,7 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+extern const Kernels kAmxBf16;
 #endif
 
 }  // namespace pissa

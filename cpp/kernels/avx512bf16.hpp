@@ -1,0 +1,74 @@
+// What the tables with AVX-512 BF16 share: pairs of bf16 are multiplied exactly and summed in float. Internal linkage:
+// see tiles.hpp.
+#pragma once
+
+#include "kernels/avx512.hpp"
+
+namespace pissa {
+namespace {
+
+struct Bf16Pair16 {
+  using Element = std::uint16_t;
+  using Sum = float;
+  using Register = __m512;
+  using Operand = __m512bh;
+  static constexpr std::size_t kDepth = 2;
+  static constexpr std::size_t kWidth = 16;
+  static Register zero() { return _mm512_setzero_ps(); }
+  static Register add(Register x, Register y) { return _mm512_add_ps(x, y); }
+  static Register load_sum(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_sum(float* p, Register r) { _mm512_storeu_ps(p, r); }
+  static Operand load(const Element* p) { return reinterpret_cast<Operand>(_mm512_loadu_si512(p)); }
+  static void store(Element* p, Operand x) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(x)); }
+  static Operand broadcast(const Element* p) {
+    std::int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return reinterpret_cast<Operand>(_mm512_set1_epi32(pair));
+  }
+  static Register multiply_add(Operand a, Operand b, Register c) { return _mm512_dpbf16_ps(c, a, b); }
+  // Which elements of two rows make up the pairs of columns [first, first + 16).
+  static __m512i pairs_of(short first) {
+    const __m512i pairs = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return _mm512_add_epi16(pairs, _mm512_set1_epi16(first));
+  }
+  static void load_pairs(const Element* even, const Element* odd, Operand (&out)[2]) {
+    const __m512i a = _mm512_loadu_si512(even);
+    const __m512i b = odd != nullptr ? _mm512_loadu_si512(odd) : _mm512_setzero_si512();
+    out[0] = reinterpret_cast<Operand>(_mm512_permutex2var_epi16(a, pairs_of(0), b));
+    out[1] = reinterpret_cast<Operand>(_mm512_permutex2var_epi16(a, pairs_of(16), b));
+  }
+};
+
+void pack_pairs(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns,
+                std::uint16_t* dst) {
+  for (std::size_t i = 0; i < rows; i += 2) {
+    const std::uint16_t* even = src + i * stride;
+    const bool whole = i + 1 < rows;
+    std::size_t j = 0;
+    for (; j + 32 <= columns; j += 32, dst += 64) {
+      Bf16Pair16::Operand pairs[2];
+      Bf16Pair16::load_pairs(even + j, whole ? even + stride + j : nullptr, pairs);
+      _mm512_storeu_si512(dst, reinterpret_cast<__m512i>(pairs[0]));
+      _mm512_storeu_si512(dst + 32, reinterpret_cast<__m512i>(pairs[1]));
+    }
+    if (j < columns) {
+      const auto half = [](const std::uint16_t* p) {
+        return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      };
+      const __m512i odd = whole ? half(even + stride + j) : _mm512_setzero_si512();
+      _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(half(even + j), Bf16Pair16::pairs_of(0), odd));
+      dst += 32;
+    }
+  }
+}
+
+void narrow(const float* src, std::uint16_t* dst, std::size_t count) {
+  for (std::size_t i = 0; i < count; i += 16) {
+    const __mmask16 lanes = first_lanes(count - i);
+    _mm256_mask_storeu_epi16(dst + i, lanes, round_half(_mm512_maskz_loadu_ps(lanes, src + i), DType::bf16));
+  }
+}
+
+}  // namespace
+}  // namespace pissa
