@@ -136,13 +136,13 @@ struct alignas(kTileBytes) Spread {
 
 // A is packed as [pair of rows][column][2].
 void spread(const std::uint16_t* a, std::size_t k, Spread& out) {
-  for (std::size_t row = 0; row < kSide; ++row) {
-    const std::uint16_t* values = a + row / kPairs * k * kPairs + row % kPairs;
-    for (std::size_t column = 0; column < kSide; ++column) {
-      const std::uint32_t value = values[column * kPairs];
-      out.low[column][row] = value;
-      out.high[column][row] = value << 16;
-    }
+  const __m256i pairs =
+      _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(static_cast<int>(k)));
+  for (std::size_t column = 0; column < kSide; ++column) {
+    const __m256i rows = _mm256_i32gather_epi32(reinterpret_cast<const int*>(a) + column, pairs, 4);
+    const __m512i low = _mm512_cvtepu16_epi32(rows);
+    _mm512_store_si512(out.low[column], low);
+    _mm512_store_si512(out.high[column], _mm512_slli_epi32(low, 16));
   }
 }
 
