@@ -3,13 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 
 #include "lapack.hpp"
+#include "sha256.hpp"
 #include "split.hpp"
 
 namespace py = pybind11;
@@ -23,9 +23,13 @@ pissa::DType parse_dtype(const std::string& code) {
   throw std::invalid_argument("dtype must be F32, F16 or BF16, not " + code);
 }
 
-void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char* name) {
-  const py::buffer_info info = buffer.request(true);
-  const auto found = static_cast<std::size_t>(info.size * info.itemsize);
+struct Bytes {
+  void* data;
+  std::size_t count;
+};
+
+Bytes contiguous_bytes(const py::buffer& buffer, bool writable, const char* name) {
+  const py::buffer_info info = buffer.request(writable);
   py::ssize_t stride = info.itemsize;
   for (py::ssize_t axis = info.ndim; axis-- > 0; stride *= info.shape[static_cast<std::size_t>(axis)]) {
     const auto index = static_cast<std::size_t>(axis);
@@ -33,11 +37,42 @@ void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char*
       throw std::invalid_argument(std::string(name) + " must be C-contiguous");
     }
   }
-  if (found != expected) {
+  return {info.ptr, static_cast<std::size_t>(info.size * info.itemsize)};
+}
+
+void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char* name) {
+  const Bytes found = contiguous_bytes(buffer, true, name);
+  if (found.count != expected) {
     throw std::invalid_argument(std::string(name) + " must be " + std::to_string(expected) + " bytes, not " +
-                                std::to_string(found));
+                                std::to_string(found.count));
   }
-  return info.ptr;
+  return found.data;
+}
+
+pissa::Sha256 new_digest() {
+  if (!pissa::Sha256::available()) throw std::runtime_error("this CPU has no instructions for SHA-256");
+  return {};
+}
+
+void update(pissa::Sha256& digest, const py::buffer& data) {
+  const Bytes bytes = contiguous_bytes(data, false, "data");
+  const py::gil_scoped_release release;
+  digest.update(bytes.data, bytes.count);
+}
+
+void update_both(pissa::Sha256& first, const py::buffer& a, pissa::Sha256& second, const py::buffer& b) {
+  if (&first == &second) throw std::invalid_argument("the two digests must not be the same");
+  const Bytes left = contiguous_bytes(a, false, "a"), right = contiguous_bytes(b, false, "b");
+  const py::gil_scoped_release release;
+  pissa::Sha256::update_both(first, left.data, left.count, second, right.data, right.count);
+}
+
+std::string hexdigest(const pissa::Sha256& digest) {
+  std::string text;
+  for (const unsigned byte : digest.digest()) {
+    for (const unsigned digit : {byte >> 4, byte & 15}) text += "0123456789abcdef"[digit];
+  }
+  return text;
 }
 
 pissa::Weight describe(void* data, const std::string& dtype, std::size_t rows, std::size_t cols, std::size_t rank) {
@@ -108,6 +143,14 @@ PYBIND11_MODULE(_core, m) {
            py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"))
       .def("workspace_bytes", &Splitter::workspace_bytes, py::arg("rows"), py::arg("cols"), py::arg("dtype"),
            py::arg("rank"), py::arg("passes"));
+  // A digest is not to be used by two threads at once.
+  py::class_<pissa::Sha256>(m, "Sha256")
+      .def(py::init(&new_digest))
+      .def("update", &update, py::arg("data"))
+      .def("hexdigest", &hexdigest)
+      .def("copy", [](const pissa::Sha256& digest) { return digest; })
+      .def_static("available", &pissa::Sha256::available);
+  m.def("update_both", &update_both, py::arg("first"), py::arg("a"), py::arg("second"), py::arg("b"));
   m.def("kernels", [] {
     std::vector<std::string> names;
     for (const pissa::Kernels* kernels : pissa::available_kernels()) names.emplace_back(kernels->name);
