@@ -80,6 +80,11 @@ pissa::Weight describe(void* data, const std::string& dtype, std::size_t rows, s
   return {data, parse_dtype(dtype), rows, cols};
 }
 
+std::size_t workspace_bytes(std::size_t rows, std::size_t cols, const std::string& dtype, std::size_t rank,
+                            std::size_t passes, unsigned threads) {
+  return pissa::split_workspace_bytes(describe(nullptr, dtype, rows, cols, rank), rank, passes, threads);
+}
+
 // Threads live as long as the object: one per caller that wants to split.
 class Splitter {
  public:
@@ -105,11 +110,6 @@ class Splitter {
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     return pissa::split(kernels_, pool_, request);
-  }
-
-  std::size_t workspace_bytes(std::size_t rows, std::size_t cols, const std::string& dtype, std::size_t rank,
-                              std::size_t passes) const {
-    return pissa::split_workspace_bytes(describe(nullptr, dtype, rows, cols, rank), rank, passes, pool_.size());
   }
 
   std::string kernel() const { return kernels_.name; }
@@ -140,13 +140,13 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("kernel", &Splitter::kernel)
       .def("split", &Splitter::split, py::arg("weight"), py::arg("rows"), py::arg("cols"), py::arg("dtype"),
            py::arg("rank"), py::arg("scaling"), py::arg("fan_in_fan_out"), py::arg("a"), py::arg("b"),
-           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"))
-      .def("workspace_bytes", &Splitter::workspace_bytes, py::arg("rows"), py::arg("cols"), py::arg("dtype"),
-           py::arg("rank"), py::arg("passes"));
+           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"));
+  m.def("workspace_bytes", &workspace_bytes, py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("rank"),
+        py::arg("passes"), py::arg("threads"));
   // A digest is not to be used by two threads at once.
   py::class_<pissa::Sha256>(m, "Sha256")
       .def(py::init(&new_digest))
-      .def("update", &update, py::arg("data"))
+      .def("update", &update)
       .def("hexdigest", &hexdigest)
       .def("copy", [](const pissa::Sha256& digest) { return digest; })
       .def_static("available", &pissa::Sha256::available);

@@ -13,7 +13,7 @@ class Timings:
 
     Attributes:
         read_seconds, write_seconds: moving bytes between the disk and memory; writing includes making it durable.
-        source_hash_seconds, output_hash_seconds: SHA-256 of the source and of the output, each in its own thread.
+        hash_seconds: SHA-256 of the source and of the output; of the busier one where each has its own thread.
         compute_seconds: splitting.
         source_bytes: read from the source's weights.
         written_bytes: of weights and adapter, written in this run.
@@ -22,8 +22,7 @@ class Timings:
     read_seconds: float = 0.0
     compute_seconds: float = 0.0
     write_seconds: float = 0.0
-    source_hash_seconds: float = 0.0
-    output_hash_seconds: float = 0.0
+    hash_seconds: float = 0.0
     source_bytes: int = 0
     written_bytes: int = 0
 
@@ -34,7 +33,7 @@ class Timings:
             "read": self.read_seconds,
             "compute": self.compute_seconds,
             "write": self.write_seconds,
-            "hash": max(self.source_hash_seconds, self.output_hash_seconds),
+            "hash": self.hash_seconds,
         }
         return max(stages, key=lambda stage: stages[stage])
 

@@ -75,7 +75,6 @@ def _plan_lora(
         raise RequestError(f"--{next(iter(origin)).replace('_', '-')} goes with --base")
     else:
         init = stored_init(kept)
-    workspace = max(
-        (backend.workspace_bytes(split.spec) + split.tensor.nbytes for split in init.derivations.values()), default=0
-    )
-    return plan_lora(trained, init, dest, chosen, run_options, backend.threads, workspace)
+    derived = init.derivations.values()
+    again = (backend.workspace_bytes(split.spec, backend.threads) + split.tensor.nbytes for split in derived)
+    return plan_lora(trained, init, dest, chosen, run_options, backend.threads, max(again, default=0))

@@ -221,6 +221,11 @@ def _copy(tensors: list[TensorInfo], place: Callable[[TensorInfo], int]) -> Copy
     return Copy(tensors[0].begin, tensors[-1].end, place(tensors[0]), tuple(tensor.name for tensor in tensors))
 
 
+def changes_of(shards: Iterable[ShardPlan]) -> Iterator[Change]:
+    """The steps whose bytes are transformed."""
+    return (step for shard in shards for step in shard.steps if not isinstance(step, Copy))
+
+
 def flights(shards: Iterable[ShardPlan]) -> Iterator[int]:
     """Bytes held for each piece of work in the order in which they are taken."""
     for shard in shards:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from pissa_convert import _core
 
-IS_NATIVE: bool = _core.Sha256.available()
+IS_NATIVE = _core.Sha256.available()
 
 
 class Digest(Protocol):
@@ -36,7 +36,7 @@ def sha256(data: bytes = b"") -> Digest:
 
 def update_both(first: Digest, a: memoryview, second: Digest, b: memoryview) -> None:
     """`first.update(a)` and `second.update(b)`, interleaved where the CPU can; the two must be different."""
-    if IS_NATIVE:
+    if isinstance(first, _core.Sha256) and isinstance(second, _core.Sha256):
         _core.update_both(first, a, second, b)
     else:
         first.update(a)

@@ -33,8 +33,7 @@ def run_merge(plan: MergePlan, *, overwrite: bool = False, progress: ProgressCal
     """
     # One BLAS thread in each lane: so the number of lanes changes no byte.
     with FactorFile(plan.adapter.file.path) as factors, threadpool_limits(1, user_api="blas"):
-        lanes = [MergeLane(factors) for _ in range(plan.memory.lanes)]
-        done = carry_out(plan, lanes, overwrite=overwrite, progress=progress)
+        done = carry_out(plan, lambda threads: MergeLane(factors), overwrite=overwrite, progress=progress)
     return MergeReport(
         dest=plan.dest,
         tensors=len(done.tensors),

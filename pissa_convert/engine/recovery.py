@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pissa_convert.engine.digest import sha256
 from pissa_convert.engine.files import PARTIAL, PartialFile
 from pissa_convert.engine.journal import Entry
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
@@ -34,7 +34,7 @@ class Progress:
 
 def side_digest(file: PartialFile | None, step: Change) -> str:
     """Digest of what a step has in the file beside the shards (A and B, for a split), as it lies there."""
-    digest = hashlib.sha256()
+    digest = sha256()
     for _, slot in step.beside:
         data = memoryview(bytearray(slot.nbytes))
         assert file is not None
@@ -102,7 +102,7 @@ def _recover_prefix(
     if not done or not partial.is_file() or partial.stat().st_size != shard.size:
         return fresh
     scratch = memoryview(bytearray(CHUNK))
-    digest = hashlib.sha256()
+    digest = sha256()
     kept = fresh
     descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,10 @@ from typing import Any
 
 from pissa_convert.engine import destination
 from pissa_convert.engine.destination import State
+from pissa_convert.engine.digest import sha256
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
+from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.pipeline import run_pipeline
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
 from pissa_convert.engine.recovery import recover, reopen, side_digest
@@ -31,7 +33,7 @@ from pissa_convert.linalg import Backend
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
 from pissa_convert.planning import Plan
 from pissa_convert.report import Report, Timings
-from pissa_convert.steps import Copy, Stats
+from pissa_convert.steps import Stats, changes_of
 from pissa_convert.transforms.split import split_step
 
 ProgressCallback = Callable[[int, int, Timings], None]
@@ -59,15 +61,18 @@ def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: Prog
 
     Args:
         plan: what to do.
-        backend: does the splits, in as many lanes as the plan has; the one that was planned with.
+        backend: of the kind that does the splits; the one that was planned with.
         overwrite: replace an earlier conversion in the destination.
         progress: called from this thread as work is finished.
 
     Raises:
         PissaError: see the family; after a ConversionError the same call continues where this one stopped.
     """
-    transforms = [partial(split_step, backend=lane) for lane in backend.share(plan.memory.lanes)]
-    done = carry_out(plan, transforms, overwrite=overwrite, progress=progress)
+
+    def make(threads: int) -> Transform:
+        return partial(split_step, backend=backend.with_threads(threads))
+
+    done = carry_out(plan, make, overwrite=overwrite, progress=progress)
     return Report(
         dest=plan.dest,
         tensors=len(done.tensors),
@@ -83,7 +88,7 @@ def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: Prog
 
 def carry_out(
     plan: ModelPlan,
-    transforms: Sequence[Transform],
+    make: MakeTransform,
     *,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
@@ -92,7 +97,7 @@ def carry_out(
 
     Args:
         plan: what to do.
-        transforms: one for each lane.
+        make: the transform of a lane.
         overwrite, progress: as for `run`.
 
     Raises:
@@ -113,13 +118,13 @@ def carry_out(
             finally:
                 journal.remove()
         else:
-            tensors = _convert(plan, transforms, journal, timings, progress)
+            tensors = _convert(plan, make, journal, timings, progress)
     return Outcome(tensors, state is State.RESUMED, state is State.COMPLETE, time.perf_counter() - started, timings)
 
 
 def _convert(
     plan: ModelPlan,
-    transforms: Sequence[Transform],
+    make: MakeTransform,
     journal: Journal,
     timings: Timings,
     progress: ProgressCallback | None,
@@ -155,7 +160,7 @@ def _convert(
 
         report_progress(0)
         sink = Sink(beside, step_done, shard_written, report_progress)
-        run_pipeline(remaining, plan.dest, transforms, plan.memory.budget, sink, timings)
+        run_pipeline(remaining, plan.dest, make, plan.memory, sink, timings)
         if beside is not None and plan.beside is not None:
             done.outputs[plan.beside.name] = _commit_beside(plan, beside, done.side)
     for name, path in plan.sources.items():
@@ -198,7 +203,7 @@ def _check_recorded(plan: ModelPlan, path: Path, found: FileRecord) -> None:
 
 def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str]) -> FileRecord:
     """Read the file beside the shards back, which proves each slot and gives its digest, and commit it."""
-    for step in (step for shard in plan.shards for step in shard.steps if not isinstance(step, Copy)):
+    for step in changes_of(plan.shards):
         if side_digest(file, step) != sides[step.key]:
             raise ConversionError(
                 "what was written reads back differently",
@@ -206,7 +211,7 @@ def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str])
                 tensor=step.tensor,
                 fix="check the disk, then run the same command again to continue",
             )
-    digest = hashlib.sha256()
+    digest = sha256()
     hash_range(file.descriptor, 0, file.size, file.partial, digest, memoryview(bytearray(CHUNK)))
     file.commit()
     return FileRecord(file.size, digest.hexdigest())
@@ -219,7 +224,7 @@ def _write_text(path: Path, data: bytes) -> FileRecord:
 
 def _copy_file(plan: ModelPlan, name: str, record: FileRecord) -> FileRecord:
     """Copy an auxiliary file; what is written must be what was hashed."""
-    digest = hashlib.sha256()
+    digest = sha256()
     source = plan.sources[name]
     with open(source, "rb", buffering=0) as reader, PartialFile(plan.dest / name, record.size) as file:
         for begin, end in chunks(0, record.size):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -105,8 +104,8 @@ class Backend(Protocol):
     def threads(self) -> int:
         """Threads that a split works with; how many there are changes no byte of a result."""
 
-    def share(self, lanes: int) -> Sequence[Backend]:
-        """As many backends, at most `threads`, that split at the same time with these threads shared out evenly."""
+    def with_threads(self, threads: int) -> Backend:
+        """Another of the same kind, which may split while this one does."""
 
     def split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> SplitStats:
         """Turn the bytes of W into those of W_res, and fill A's and B's.
@@ -115,8 +114,8 @@ class Backend(Protocol):
             WeightError: W holds NaN or infinity (it is then unchanged), or its residual overflows its dtype.
         """
 
-    def workspace_bytes(self, spec: SplitSpec) -> int:
-        """Upper bound of the memory taken beside the three buffers."""
+    def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
+        """Upper bound of the memory that so many threads take beside the three buffers."""
 
 
 def tensor_key(seed: int, name: str) -> int:
