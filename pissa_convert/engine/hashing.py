@@ -41,6 +41,7 @@ class _Piece:
     view: memoryview
     then: _Then | None
     done: int = 0
+    sha256: str | None = None  # of everything up to its end
 
 
 class Line:
@@ -63,6 +64,7 @@ class Ticket:
     hashing: Hashing
     line: Line
     number: int
+    piece: _Piece
 
     @property
     def is_done(self) -> bool:
@@ -76,6 +78,12 @@ class Ticket:
             Cancelled: the work was given up.
         """
         self.hashing.wait(self.line, self.number)
+
+    def sha256(self) -> str:
+        """The digest up to and with these bytes, once it is known; as `wait`."""
+        self.wait()
+        assert self.piece.sha256 is not None
+        return self.piece.sha256
 
 
 class Hashing:
@@ -124,10 +132,11 @@ class Hashing:
     def feed(self, line: Line, digest: Digest, view: memoryview, then: _Then | None = None) -> Ticket:
         """Hash `view` after what came before it on this side, release it, and call `then` in the hashing thread."""
         with self._changed:
-            line.pieces.append(_Piece(digest, view, then))
+            piece = _Piece(digest, view, then)
+            line.pieces.append(piece)
             line.fed += 1
             self._changed.notify_all()
-            return Ticket(self, line, line.fed)
+            return Ticket(self, line, line.fed, piece)
 
     def wait(self, line: Line, number: int) -> None:
         """Return once the first `number` pieces of a side are hashed; see `Ticket.wait`."""
@@ -178,6 +187,7 @@ class Hashing:
             piece = line.pieces[0]
             if piece.done < len(piece.view):
                 continue
+            piece.sha256 = piece.digest.hexdigest()
             piece.view.release()
             if piece.then is not None:
                 piece.then()

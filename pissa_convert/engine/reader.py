@@ -14,7 +14,7 @@ from pissa_convert.engine.buffers import Buffer, Buffers, Cancelled
 from pissa_convert.engine.digest import Digest, sha256
 from pissa_convert.engine.hashing import Hashing, Ticket
 from pissa_convert.engine.lanes import Lanes
-from pissa_convert.engine.reading import open_to_read, read_exactly
+from pissa_convert.engine.reading import hash_file, open_to_read, read_exactly
 from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard
 from pissa_convert.errors import ConversionError
 from pissa_convert.memory import CHUNK, chunks
@@ -50,7 +50,7 @@ class Reader:
     def _read_shard(self, shard: Shard, source: int) -> None:
         self.items.put(Begin(shard))
         path = shard.plan.source.path
-        _check_unchanged(shard, source)
+        before = _check_unchanged(shard, source)
         os.posix_fadvise(source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         digest = sha256()
         hashed = self._hash_prefix(shard, source, digest)
@@ -68,9 +68,12 @@ class Reader:
             else:
                 buffer = self._take(step.nbytes, step.at - step.result.start, Result.HOLDERS)
                 hashed = self._read(source, step.begin, buffer.view[: step.end - step.begin], path, digest)
-                self.items.put(Result(index, step, buffer, self.lanes.submit(step, path, buffer, hashed)))
-        _check_unchanged(shard, source)
-        self.items.put(End(digest, hashed))
+                self.items.put(Result(index, step, buffer, hashed, self.lanes.submit(step, path, buffer, hashed)))
+        after = _check_unchanged(shard, source)
+        # A file can be written to and get its old mtime back, but not its ctime, which a mere chmod changes too.
+        if after.st_ctime_ns != before.st_ctime_ns and hash_file(path).sha256 != hashed.sha256():
+            raise _changed(path, "while it was read")
+        self.items.put(End(hashed))
 
     def _take(self, nbytes: int, at: int, holders: int) -> Buffer:
         buffer = self.buffers.take_now(nbytes, at=at, holders=holders)
@@ -86,13 +89,15 @@ class Reader:
         hashed = self._read(source, 0, memoryview(header), plan.source.path, digest)
         hashed.wait()
         if header != plan.source.header:
-            raise _changed(plan.source.path)
+            raise _changed(plan.source.path, "since the work was planned")
         # What lies between two tensors may be longer than any buffer that the plan has accounted for.
         size = min(CHUNK, self.buffers.largest)
         for begin in range(len(header), shard.offset, size):
             scratch = self._take(min(size, shard.offset - begin), 0, 1)
             give_back = partial(self.buffers.give_back, scratch)
             hashed = self._read(source, begin, scratch.view[:], plan.source.path, digest, give_back)
+        if shard.source_sha256 not in (None, hashed.sha256()):
+            raise _changed(plan.source.path, "since the interrupted run")
         return hashed
 
     def _read(
@@ -117,15 +122,13 @@ class Reader:
         return hashed
 
 
-def _changed(path: Path) -> ConversionError:
+def _changed(path: Path, since: str) -> ConversionError:
     return ConversionError(
-        "the source file has changed since the work was planned",
-        file=path,
-        fix="restore it, or start over with --overwrite",
+        f"the source file has changed {since}", file=path, fix="restore it, or start over with --overwrite"
     )
 
 
-def _check_unchanged(shard: Shard, source: int) -> None:
+def _check_unchanged(shard: Shard, source: int) -> os.stat_result:
     path = shard.plan.source.path
     status = os.fstat(source)
     try:
@@ -133,4 +136,5 @@ def _check_unchanged(shard: Shard, source: int) -> None:
     except OSError:
         same_file = False
     if not same_file or [status.st_size, status.st_mtime_ns] != list(shard.expected):
-        raise _changed(path)
+        raise _changed(path, "since the work was planned")
+    return status

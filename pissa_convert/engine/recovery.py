@@ -115,7 +115,7 @@ def _recover_prefix(
                 entry = done[index]
                 if digest.hexdigest() != entry["sha256"] or side_digest(beside, step) != entry["side"]:
                     break
-                kept = Shard(shard, expected, index + 1, digest.copy())
+                kept = Shard(shard, expected, index + 1, digest.copy(), entry["source"])
     finally:
         os.close(descriptor)
     return kept

@@ -26,14 +26,14 @@ from pissa_convert.engine.pipeline import run_pipeline
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
 from pissa_convert.engine.recovery import recover, reopen, side_digest
 from pissa_convert.engine.work import ModelPlan, Shard, Transform
-from pissa_convert.engine.writer import Sink
+from pissa_convert.engine.writer import Sink, StepDone
 from pissa_convert.errors import ConversionError
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, read_manifest
 from pissa_convert.linalg import Backend
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
 from pissa_convert.planning import Plan
 from pissa_convert.report import Report, Timings
-from pissa_convert.steps import Stats, changes_of
+from pissa_convert.steps import changes_of
 from pissa_convert.transforms.split import split_step
 
 ProgressCallback = Callable[[int, int, Timings], None]
@@ -140,11 +140,19 @@ def _convert(
             if progress is not None:
                 progress(finished, total, timings)
 
-        def step_done(shard: Shard, index: int, sha256: str, side: str, stats: Stats) -> None:
-            key = shard.plan.steps[index].key  # type: ignore[union-attr]
-            done.stats[key], done.side[key] = stats, side
-            entry = {"shard": shard.plan.name, "step": index, "sha256": sha256, "side": side, "stats": stats.as_json()}
-            journal.append(entry)
+        def step_done(shard: Shard, step: StepDone) -> None:
+            key = shard.plan.steps[step.index].key  # type: ignore[union-attr]
+            done.stats[key], done.side[key] = step.stats, step.side
+            journal.append(
+                {
+                    "shard": shard.plan.name,
+                    "step": step.index,
+                    "source": step.source,
+                    "sha256": step.output,
+                    "side": step.side,
+                    "stats": step.stats.as_json(),
+                }
+            )
 
         def shard_written(shard: Shard, source_sha256: str, file: PartialFile) -> None:
             name, sha256 = shard.plan.name, shard.digest.hexdigest()

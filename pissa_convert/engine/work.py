@@ -89,12 +89,14 @@ class Shard:
         expected: size and mtime_ns that the source file had when the work was planned.
         steps_done: leading steps whose output is in place.
         digest: state of the output's SHA-256 after those steps (and the header).
+        source_sha256: the source's at that place when they were done; None where none are.
     """
 
     plan: ShardPlan
     expected: Sequence[int]
     steps_done: int = 0
     digest: Digest = field(default_factory=sha256)
+    source_sha256: str | None = None
 
     @property
     def offset(self) -> int:
@@ -123,21 +125,21 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Result:
-    """A step that is being transformed; with `stats`, its buffer is ready."""
+    """A step that is being transformed; with `stats`, its buffer is ready. `hashed`: its source."""
 
     HOLDERS: ClassVar[int] = 2  # of the buffer after that: the hashing of the output, and the writer
 
     index: int
     step: Change
     buffer: Buffer
+    hashed: Ticket
     stats: Future[Stats]
 
 
 @dataclass(frozen=True)
 class End:
-    """A shard ends; `source` is its digest once `hashed` is done."""
+    """A shard ends; `hashed`: all of its source."""
 
-    source: Digest
     hashed: Ticket
 
 

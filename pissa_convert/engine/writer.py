@@ -20,18 +20,35 @@ from pissa_convert.steps import Stats
 
 
 @dataclass(frozen=True)
+class StepDone:
+    """A step whose bytes are in place.
+
+    Attributes:
+        index: of the step in its shard.
+        source, output: SHA-256 of the source shard and of the output shard up to the step's end.
+        side: of what it has in the file beside the shards.
+    """
+
+    index: int
+    source: str
+    output: str
+    side: str
+    stats: Stats
+
+
+@dataclass(frozen=True)
 class Sink:
     """What the writer reports to: all are called in the writer's (the calling) thread.
 
     Attributes:
         beside: the adapter or another file of the result's own, whose slots are filled; None where there is none.
-        step_done: shard, index of the step, digest of the output so far, digest of A and B, statistics.
+        step_done: shard, and what is known of one of its steps.
         shard_written: shard, digest of the source, its finished but uncommitted file.
         progress: bytes of source whose output is in place since the last call.
     """
 
     beside: PartialFile | None
-    step_done: Callable[[Shard, int, str, str, Stats], None]
+    step_done: Callable[[Shard, StepDone], None]
     shard_written: Callable[[Shard, str, PartialFile], None]
     progress: Callable[[int], None]
 
@@ -74,9 +91,9 @@ class Writer:
                 raise item
             if isinstance(item, End):
                 self._settle(wait=True)
-                item.hashed.wait()
+                sha256 = item.hashed.sha256()
                 started = time.perf_counter()
-                self._sink.shard_written(shard, item.source.hexdigest(), file)
+                self._sink.shard_written(shard, sha256, file)
                 self._timings.write_seconds += time.perf_counter() - started
                 return
             if isinstance(item, Chunk):
@@ -102,8 +119,7 @@ class Writer:
 
     def _write_result(self, item: Result, file: PartialFile, shard: Shard, stats: Stats) -> None:
         step, side = item.step, sha256()
-        so_far: list[str] = []
-        hashed = self._hash(shard, item.buffer.view[step.result], item.buffer, so_far)
+        hashed = self._hash(shard, item.buffer.view[step.result], item.buffer)
         self._write(file, item.buffer.view[step.result], step.at)
         for part, slot in step.beside:
             assert self._sink.beside is not None
@@ -112,20 +128,16 @@ class Writer:
 
         def finish() -> None:
             # The line comes after the bytes: what it claims can be checked against them, and nothing else is trusted.
-            self._sink.step_done(shard, item.index, so_far[0], side.hexdigest(), stats)
+            done = StepDone(item.index, item.hashed.sha256(), hashed.sha256(), side.hexdigest(), stats)
+            self._sink.step_done(shard, done)
             self._sink.progress(step.end - step.begin)
 
         self._unsettled.append((hashed, finish))
 
-    def _hash(self, shard: Shard, view: memoryview, buffer: Buffer, so_far: list[str] | None = None) -> Ticket:
-        """Hash `view` as the output's next bytes; `so_far` gets the digest after them."""
-
-        def then() -> None:
-            if so_far is not None:
-                so_far.append(shard.digest.hexdigest())
-            self._buffers.give_back(buffer)
-
-        return self._hashing.feed(self._hashing.output, shard.digest, view, then)
+    def _hash(self, shard: Shard, view: memoryview, buffer: Buffer) -> Ticket:
+        """Hash `view` as the output's next bytes, and give the buffer back then."""
+        give_back = partial(self._buffers.give_back, buffer)
+        return self._hashing.feed(self._hashing.output, shard.digest, view, give_back)
 
     def _write(self, file: PartialFile, view: memoryview, offset: int) -> None:
         """Write `view` and release it."""
