@@ -8,12 +8,11 @@ the end of a file, the reader for whom no memory is left.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -27,12 +26,6 @@ _SINGLE = 1 << 20
 """The same without a partner: few, so that one that comes is not kept waiting."""
 
 _Then = Callable[[], None]
-
-
-def _step_aside() -> None:
-    """Give way a little to compute threads, of which several may wait for one that is off its CPU."""
-    with suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)  # of this thread alone, on Linux
 
 
 @dataclass
@@ -161,7 +154,6 @@ class Hashing:
             self._is_pressed = False
 
     def _run(self, number: int, sides: tuple[Line, ...]) -> None:
-        _step_aside()
         try:
             while (turn := self._next_turn(sides)) is not None:
                 started = time.perf_counter()

@@ -18,13 +18,13 @@ from typing import Any
 
 from pissa_convert.engine import destination
 from pissa_convert.engine.destination import State
-from pissa_convert.engine.digest import sha256
+from pissa_convert.engine.digest import sha256, update_both
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
 from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.pipeline import run_pipeline
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
-from pissa_convert.engine.recovery import recover, reopen, side_digest
+from pissa_convert.engine.recovery import recover, reopen
 from pissa_convert.engine.work import ModelPlan, Shard, Transform
 from pissa_convert.engine.writer import Sink, StepDone
 from pissa_convert.errors import ConversionError
@@ -210,19 +210,30 @@ def _check_recorded(plan: ModelPlan, path: Path, found: FileRecord) -> None:
 
 
 def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str]) -> FileRecord:
-    """Read the file beside the shards back, which proves each slot and gives its digest, and commit it."""
+    """Read the file beside the shards back, which proves each slot and gives its digest, and commit it.
+
+    Its slots lie in the order of the steps.
+    """
+    whole, at = sha256(), 0
+    scratch = memoryview(bytearray(CHUNK))
     for step in changes_of(plan.shards):
-        if side_digest(file, step) != sides[step.key]:
+        side = sha256()
+        for _, slot in step.beside:
+            hash_range(file.descriptor, at, slot.begin, file.partial, whole, scratch)
+            for begin, at in chunks(slot.begin, slot.end):
+                view = scratch[: at - begin]
+                read_exactly(file.descriptor, begin, view, file.partial)
+                update_both(side, view, whole, view)
+        if side.hexdigest() != sides[step.key]:
             raise ConversionError(
                 "what was written reads back differently",
                 file=file.partial,
                 tensor=step.tensor,
                 fix="check the disk, then run the same command again to continue",
             )
-    digest = sha256()
-    hash_range(file.descriptor, 0, file.size, file.partial, digest, memoryview(bytearray(CHUNK)))
+    hash_range(file.descriptor, at, file.size, file.partial, whole, scratch)
     file.commit()
-    return FileRecord(file.size, digest.hexdigest())
+    return FileRecord(file.size, whole.hexdigest())
 
 
 def _write_text(path: Path, data: bytes) -> FileRecord:

@@ -15,6 +15,7 @@ import pytest
 from checkpoints import digests, llm_like, write_model
 
 from pissa_convert import convert
+from pissa_convert.engine.files import PartialFile
 from pissa_convert.errors import ConversionError, RequestError
 
 LARGE = {f"model.layers.{n}.mlp.up_proj.weight": llm_like(700, 500, n) for n in range(2)}
@@ -117,6 +118,28 @@ def test_a_file_system_without_direct_writes_gets_the_same_bytes(
     convert(source, tmp_path / "cached", rank=4)
     assert refused[0] > 0
     assert digests(tmp_path / "cached") == digests(tmp_path / "direct")
+
+
+@pytest.mark.parametrize("at", [0, 300, -1])
+def test_an_adapter_that_the_disk_has_not_kept_is_noticed(
+    source: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    real = PartialFile.write
+    wrong = [True]
+
+    def writing(file: PartialFile, data: Any, offset: int) -> None:
+        data = bytearray(data)
+        if wrong[0] and "adapter_model" in file.path.name and offset:
+            wrong[0] = False
+            data[at] ^= 1
+        real(file, data, offset)
+
+    monkeypatch.setattr(PartialFile, "write", writing)
+    with pytest.raises(ConversionError, match=r"adapter_model.*reads back differently.*same command again"):
+        convert(source, tmp_path / "out", rank=4)
+    assert not (tmp_path / "out" / "config.json").exists()
+    convert(source, tmp_path / "out", rank=4)
+    assert digests(tmp_path / "out") == expected
 
 
 @pytest.fixture
