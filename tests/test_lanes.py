@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 from checkpoints import digests, llm_like, write_model
 
-from pissa_convert import api
+from pissa_convert import api, memory
 from pissa_convert.engine.buffers import Buffers, Cancelled
 from pissa_convert.engine.digest import sha256
 from pissa_convert.engine.hashing import Hashing
@@ -45,7 +45,9 @@ def test_workspaces_of_every_width_are_counted_as_many_times_as_there_are_lanes(
     assert widths.total([*works, (50, lambda width: 11)]) == 4 * 11 + 28
 
 
-def test_with_little_memory_fewer_lanes_are_planned_before_a_run_is_refused() -> None:
+def test_with_little_memory_fewer_lanes_are_planned_before_a_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 100 * MIB)
+
     def workspace(widths: Widths) -> int:
         return widths.total([(50 * MIB, lambda width: 100 * MIB)])
 
@@ -136,9 +138,9 @@ def test_lanes_and_threads_change_no_byte_of_a_split(tmp_path: Path) -> None:
     for threads, room in ((1, GIB), (2, GIB), (3, 1_500_000), (4, 100_000), (4, 0)):
         dest = tmp_path / f"{threads}-{room}"
         plan = api.plan(source, dest, rank=4, threads=threads)
-        memory = replace(plan.memory, widths=replace(plan.memory.widths, room=room))
-        run(replace(plan, memory=memory), NativeBackend(threads))
-        used = {memory.widths(step.nbytes) for step in plan.splits}
+        widths = replace(plan.memory.widths, room=room)
+        run(replace(plan, memory=replace(plan.memory, widths=widths)), NativeBackend(threads))
+        used = {widths(step.nbytes) for step in plan.splits}
         found.append((len(used), max(used), digests(dest)))
     assert {counts[:2] for counts in found} >= {(1, 1), (1, 4), (2, 4)}
     assert all(result == found[0][2] for _, _, result in found)
