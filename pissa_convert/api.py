@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from pissa_convert.engine import verify as verification
+from pissa_convert.engine.gguf_adapter import run_gguf_adapter
 from pissa_convert.engine.lora import run_lora
 from pissa_convert.engine.merge import run_merge
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
+from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
 from pissa_convert.linalg.native import NativeBackend, usable_cpus
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.matrix import Split, split
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.options import RunOptions
 from pissa_convert.planning import Plan
-from pissa_convert.report import LoraReport, MergeReport, Report
-from pissa_convert.requests import plan_request
+from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, Report
+from pissa_convert.requests import AnyPlan, plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
 
@@ -55,6 +57,16 @@ def plan(
     max_memory: int | None = None,
     **options: Any,
 ) -> MergePlan: ...
+@overload
+def plan(
+    source: _Path,
+    dest: _Path,
+    to: Literal["gguf"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    **options: Any,
+) -> GgufAdapterPlan: ...
 def plan(
     source: _Path,
     dest: _Path,
@@ -63,7 +75,7 @@ def plan(
     threads: int | None = None,
     max_memory: int | None = None,
     **options: Any,
-) -> Plan | LoraPlan | MergePlan:
+) -> AnyPlan:
     """Say what `convert` would do, from headers alone. Writes nothing.
 
     The arguments are those of `convert`.
@@ -115,6 +127,18 @@ def convert(
     progress: ProgressCallback | None = None,
     **options: Any,
 ) -> MergeReport: ...
+@overload
+def convert(
+    source: _Path,
+    dest: _Path,
+    to: Literal["gguf"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> GgufReport: ...
 def convert(
     source: _Path,
     dest: _Path,
@@ -125,7 +149,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> Report | LoraReport | MergeReport:
+) -> AnyReport:
     """Convert `source` into the new folder `dest`, streaming. What is interrupted is continued by the same call.
 
     to="pissa" splits the linear weights of a model folder into residual and principal adapter (PiSSA, arXiv
@@ -179,6 +203,8 @@ def convert(
     work = plan_request(source, dest, to, options, RunOptions(threads, max_memory), backend)
     if isinstance(work, LoraPlan):
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
+    if isinstance(work, GgufAdapterPlan):
+        return run_gguf_adapter(work, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):
         return run_merge(work, overwrite=overwrite, progress=progress)
     return run(work, backend, overwrite=overwrite, progress=progress)

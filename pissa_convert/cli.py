@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE_UNITS |= {f"{unit}i": 1024 ** (power + 1) for power, unit in enumerate("KMGT")}
 
-TARGETS = ("pissa", "lora", "merged")
+TARGETS = ("pissa", "lora", "merged", "gguf")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     _add_merging(parser.add_argument_group("for --to merged: an adapter is added to a model", "also --dtype"))
+    _add_gguf(
+        parser.add_argument_group(
+            "for --to gguf: an adapter becomes a file for llama.cpp",
+            "also --init, with --rank, --tolerance, --uniform-rank; --base MODEL, without a GGUF of it",
+        )
+    )
     return parser
 
 
@@ -79,6 +85,11 @@ def _add_merging(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--adapter", metavar="ADAPTER", help="a LoRA for an original model, or a trained adapter for its residual"
     )
+
+
+def _add_gguf(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--base-gguf", metavar="BASE", help="a GGUF of the base model, of any type")
+    group.add_argument("--outtype", metavar="T", help="f16 (default), f32, bf16 or q8_0, of an adapter")
 
 
 def _add_common(group: argparse._ArgumentGroup) -> None:

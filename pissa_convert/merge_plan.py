@@ -82,6 +82,11 @@ class MergePlan:
     to: str = "merged"
 
     @property
+    def alone(self) -> None:
+        """The folder is the result."""
+        return
+
+    @property
     def head(self) -> dict[str, Any]:
         """What the manifest says of the conversion as a whole."""
         return manifest_head(self.to, "numpy", self.options.as_json())

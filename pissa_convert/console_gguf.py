@@ -1,0 +1,37 @@
+"""What the command shows of conversions to and of GGUF."""
+
+from __future__ import annotations
+
+import sys
+
+from pissa_convert.console import finished, stages
+from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+from pissa_convert.report import GgufReport
+
+
+def print_adapter_plan(plan: GgufAdapterPlan) -> None:
+    """Every adapted tensor, and what the file will be."""
+    width = max(len(tensor.name) for tensor in plan.tensors)
+    at_most = "at most " if plan.lora is not None and plan.lora.options.rank == "auto" else ""
+    for tensor in plan.tensors:
+        a, b = plan.slots[tensor.name]
+        kinds = a.dtype if a.dtype == b.dtype else f"A {a.dtype}, B {b.dtype}"
+        modules = ", ".join(piece.module for piece in tensor.pieces[:3]) + (", …" if len(tensor.pieces) > 3 else "")
+        print(f"{'adapt':6} {tensor.name:{width}}  {at_most}rank {tensor.rank}, {kinds}, from {modules}")
+    print(
+        f"""
+adapter    {len(plan.tensors)} tensors for {plan.target.layout.architecture}, as {plan.target.file} has it
+disk       {at_most}{sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
+memory     {plan.memory.peak} bytes at peak, {plan.in_flight} tensors at once"""
+    )
+
+
+def print_gguf_report(report: GgufReport) -> None:
+    """The closing lines."""
+    print(
+        f"""{finished(report, f"{report.tensors} tensors")}
+{stages(report.timings)}
+within {report.relative_error:.1e} at worst
+{report.usage}""",
+        file=sys.stderr,
+    )
