@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from pissa_convert.engine import verify as verification
+from pissa_convert.engine.gguf import run_gguf
 from pissa_convert.engine.gguf_adapter import run_gguf_adapter
 from pissa_convert.engine.lora import run_lora
 from pissa_convert.engine.merge import run_merge
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
 from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.linalg.native import NativeBackend, usable_cpus
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.matrix import Split, split
@@ -66,7 +68,7 @@ def plan(
     threads: int | None = None,
     max_memory: int | None = None,
     **options: Any,
-) -> GgufAdapterPlan: ...
+) -> GgufAdapterPlan | GgufPlan: ...
 def plan(
     source: _Path,
     dest: _Path,
@@ -205,6 +207,8 @@ def convert(
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, GgufAdapterPlan):
         return run_gguf_adapter(work, overwrite=overwrite, progress=progress)
+    if isinstance(work, GgufPlan):
+        return run_gguf(work, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):
         return run_merge(work, overwrite=overwrite, progress=progress)
     return run(work, backend, overwrite=overwrite, progress=progress)

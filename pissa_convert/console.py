@@ -50,6 +50,7 @@ def print_plan(plan: AnyPlan) -> None:
     """The plan on stdout: it is what was asked for, so it can be piped."""
     from pissa_convert import console_gguf
     from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+    from pissa_convert.gguf_plan import GgufPlan
     from pissa_convert.lora_plan import LoraPlan
     from pissa_convert.merge_plan import MergePlan
 
@@ -59,6 +60,8 @@ def print_plan(plan: AnyPlan) -> None:
         _print_merge_plan(plan)
     elif isinstance(plan, GgufAdapterPlan):
         console_gguf.print_adapter_plan(plan)
+    elif isinstance(plan, GgufPlan):
+        console_gguf.print_model_plan(plan)
     else:
         _print_split_plan(plan)
 
@@ -90,7 +93,7 @@ def _print_merge_plan(plan: MergePlan) -> None:
     from pissa_convert.merge_plan import describe, shard_tensors
 
     tensors = [tensor for shard in plan.shards for tensor in shard.source.tensors]
-    places = [place for shard in plan.shards for place in shard_tensors(shard.source, plan.options.dtype)[1]]
+    places = [place for shard in plan.checkpoint.shards for place in shard_tensors(shard, plan.options.dtype)[1]]
     width = max(len(tensor.name) for tensor in tensors)
     for tensor, place in zip(tensors, places, strict=True):
         change = plan.changes.tensors.get(tensor.name)

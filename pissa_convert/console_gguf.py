@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from pissa_convert.console import finished, stages
+from pissa_convert.console import amount, finished, stages
 from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.report import GgufReport
 
 
@@ -34,4 +35,27 @@ def print_gguf_report(report: GgufReport) -> None:
 within {report.relative_error:.1e} at worst
 {report.usage}""",
         file=sys.stderr,
+    )
+
+
+def print_model_plan(plan: GgufPlan) -> None:
+    """Every tensor's decision, and what the file will be."""
+    known = {tensor.name: tensor.dtype for tensor in plan.base.file.tensors}
+    width = max(map(len, known))
+    copied, encoded = set(plan.copied), {step.tensor: step.treatment for step in plan.encodings}
+    for name, kind in known.items():
+        if name in copied:
+            print(f"{'copy':6} {name:{width}}  {kind}")
+            continue
+        treatment = encoded[name]
+        parts = [] if treatment.origin is None else [part.name for _, part in treatment.origin.parts]
+        said = [kind if not parts else ", ".join(parts[:2]) + (", …" if len(parts) > 2 else "")]
+        if treatment.origin is not None and treatment.origin.heads:
+            said.append("rows permuted")
+        print(f"{'encode':6} {name:{width}}  {' '.join(said)} → {treatment.kind}")
+    print(
+        f"""
+encode     {len(encoded)} of {len(known)} tensors
+disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
+memory     {plan.memory.peak} bytes at peak ({amount(plan.memory.budget)} in flight at most)"""
     )

@@ -109,12 +109,11 @@ class Layout:
         """Whether the order of the rows is known without looking at values."""
         return self.architecture in PERMUTED | KEPT
 
-    def home(self, name: str, permuted: bool | None = None) -> Home | None:
+    def home(self, name: str) -> Home | None:
         """Where a tensor of a Hugging Face model lies; None where there is no place for it.
 
         Args:
-            name: run-time name, with ".weight" or ".bias".
-            permuted: whether q and k are; as the architecture says by default.
+            name: with ".weight" or ".bias".
         """
         expert = _EXPERT.fullmatch(name)
         found = self.find(f"{expert['stem']}.{expert['rest']}" if expert else name)
@@ -122,10 +121,15 @@ class Layout:
             return None
         block = _BLOCK.fullmatch(found)
         heads = None
-        if block and (self.architecture in PERMUTED if permuted is None else permuted):
-            kind, number = block[2].partition(".")[0], int(block[1])
-            heads = {"attn_q": self.heads, "attn_k": self.key_heads}.get(kind, lambda block: None)(number)
-        return Home(found, int(expert["number"]) if expert else None, heads or None)
+        if block and self.architecture in PERMUTED:
+            heads = self.rotated(block[2].partition(".")[0], int(block[1]))
+        return Home(found, int(expert["number"]) if expert else None, heads)
+
+    def rotated(self, kind: str, block: int) -> int | None:
+        """The heads of a tensor whose rows may be permuted: of "attn_q" and "attn_k"."""
+        if kind not in ("attn_q", "attn_k"):
+            return None
+        return (self.heads if kind == "attn_q" else self.key_heads)(block) or None
 
 
 def layout_of(base: BaseGguf) -> Layout:

@@ -7,16 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pissa_convert.engine.template_check import proven_origins
 from pissa_convert.errors import RequestError
+from pissa_convert.formats.adapter import CONFIG_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder, open_adapter
+from pissa_convert.formats.checkpoint import open_checkpoint
 from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
 from pissa_convert.gguf_adapter_planning import plan_gguf_adapter, target_from, target_of
 from pissa_convert.gguf_model import open_base
-from pissa_convert.gguf_options import ADAPTER_TYPES, gguf_options
-from pissa_convert.init_planning import stored_init
+from pissa_convert.gguf_names import layout_of
+from pissa_convert.gguf_options import ADAPTER_TYPES, MODEL_TYPES, gguf_options
+from pissa_convert.gguf_origins import find_origins
+from pissa_convert.gguf_plan import GgufPlan
+from pissa_convert.gguf_planning import plan_gguf_model
+from pissa_convert.init_planning import split_manifest, stored_init
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.lora_planning import plan_lora
 from pissa_convert.options import RunOptions, lora_options
+from pissa_convert.targets import refuse_quantised
 
 _DELTA = ("rank", "tolerance", "uniform_rank")
 
@@ -25,14 +33,31 @@ _Path = str | os.PathLike[str]
 
 def plan_to_gguf(
     source: _Path, dest: _Path, options: Mapping[str, Any], run: RunOptions, threads: int
-) -> GgufAdapterPlan:
+) -> GgufAdapterPlan | GgufPlan:
     """Plan `--to gguf`.
 
     Raises:
         RequestError: the request is wrong in itself or does not fit the files.
     """
     root = Path(source)
-    return _plan_adapter(root, dest, options, run, threads)
+    if (root / CONFIG_NAME).is_file():
+        return _plan_adapter(root, dest, options, run, threads)
+    return _plan_model(root, dest, options, run, threads)
+
+
+def _plan_model(root: Path, dest: _Path, options: Mapping[str, Any], run: RunOptions, threads: int) -> GgufPlan:
+    _refuse_others(options, ("base_gguf", "outtype"), "of a model")
+    if "base_gguf" not in options:
+        fix = "give --base-gguf with a GGUF of the model, or of the one that it was trained from, of any type"
+        raise RequestError("--to gguf takes the tokenizer and all keys of a model from a template", fix=fix)
+    chosen = gguf_options(outtype=options.get("outtype"), known=MODEL_TYPES)
+    checkpoint = open_checkpoint(root.resolve())
+    refuse_quantised([(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors], checkpoint.config)
+    template = open_base(Path(options["base_gguf"]), "--base-gguf")
+    layout = layout_of(template)
+    origins = proven_origins(template, find_origins(checkpoint, template, layout), layout)
+    residual = split_manifest(root) is not None
+    return plan_gguf_model(checkpoint, template, origins, dest, chosen, run, threads, residual)
 
 
 def _refuse_others(options: Mapping[str, Any], taken: tuple[str, ...], what: str) -> None:

@@ -12,6 +12,7 @@ from pissa_convert.engine.base_check import check_base
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import open_adapter
 from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.gguf_requests import plan_to_gguf
 from pissa_convert.init_planning import derived_init, stored_init
 from pissa_convert.linalg import Backend
@@ -22,7 +23,7 @@ from pissa_convert.merge_planning import plan_merge
 from pissa_convert.options import RunOptions, lora_options, merge_options, split_options
 from pissa_convert.planning import Plan, make_plan
 
-AnyPlan = Plan | LoraPlan | MergePlan | GgufAdapterPlan
+AnyPlan = Plan | LoraPlan | MergePlan | GgufAdapterPlan | GgufPlan
 
 _Path = str | os.PathLike[str]
 

@@ -32,6 +32,7 @@ _ENTRY_KEYS: dict[str, dict[str, type]] = {
     "pissa": {"file": str, "module": str, "fan_in_fan_out": bool, "relative_error": float},
     "lora": {"rank": int, "relative_error": float, "norm": float},
     "merged": {"file": str, "relative_error": float},
+    "gguf": {"relative_error": float},
 }
 """What is read of a weight's or module's entry, by target."""
 
