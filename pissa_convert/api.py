@@ -38,7 +38,7 @@ def plan(
     threads: int | None = None,
     max_memory: int | None = None,
     **options: Any,
-) -> Plan: ...
+) -> Plan | GgufPlan: ...
 @overload
 def plan(
     source: _Path,
@@ -58,7 +58,7 @@ def plan(
     threads: int | None = None,
     max_memory: int | None = None,
     **options: Any,
-) -> MergePlan: ...
+) -> MergePlan | GgufPlan: ...
 @overload
 def plan(
     source: _Path,
@@ -104,7 +104,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> Report: ...
+) -> Report | GgufReport: ...
 @overload
 def convert(
     source: _Path,
@@ -128,7 +128,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> MergeReport: ...
+) -> MergeReport | GgufReport: ...
 @overload
 def convert(
     source: _Path,
@@ -208,7 +208,7 @@ def convert(
     if isinstance(work, GgufAdapterPlan):
         return run_gguf_adapter(work, overwrite=overwrite, progress=progress)
     if isinstance(work, GgufPlan):
-        return run_gguf(work, overwrite=overwrite, progress=progress)
+        return run_gguf(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):
         return run_merge(work, overwrite=overwrite, progress=progress)
     return run(work, backend, overwrite=overwrite, progress=progress)

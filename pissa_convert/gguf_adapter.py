@@ -5,6 +5,7 @@ llama.cpp aborts on some adapters and ignores parts of others without a word; al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pissa_convert.formats.adapter_folder import AdapterFolder, Pair
 from pissa_convert.gguf_names import Home, Layout, permute
 from pissa_convert.transforms.delta import Array, Product
 
-_INSTEAD = "merge it with --to merged, and convert the model that comes out with --to gguf"
+_INSTEAD = "merge it into the model's own folder with --to merged, and convert what comes out with --to gguf"
 
 _FUSED = {
     "attn_q.weight": ("attn_qkv.weight", 0),
@@ -74,6 +75,11 @@ class AdaptedTensor:
     @property
     def b_shape(self) -> tuple[int, ...]:
         return (*self.shape[:-1], self.rank)
+
+    @property
+    def size(self) -> int:
+        """Values of A and B together."""
+        return math.prod(self.a_shape) + math.prod(self.b_shape)
 
     def factors(self, product: Callable[[str], Product]) -> tuple[Array, Array]:
         """A and B, scaling included, in the order of the base's rows; float64.

@@ -39,20 +39,19 @@ def target_from(model: Path) -> Target:
     return Target(layout_from_config(read_object(path, _MAX_CONFIG, "the config"), path), None, path)
 
 
-def check_layout(layout: Layout, file: Path) -> None:
-    """Refuse an architecture for which an adapter cannot be placed with certainty, or would not be applied.
+def check_known(layout: Layout, file: Path) -> None:
+    """Refuse an architecture for which an adapter cannot be placed with certainty.
 
     Raises:
-        RequestError: the message says which of the two.
+        RequestError: it is one.
     """
     if not layout.is_known:
         raise RequestError(
             "how this architecture orders the rows of its weights is not known here",
             file=file,
             found=layout.architecture[:40],
-            fix="merge the adapter with --to merged, and convert the model with a template",
+            fix="merge the adapter into the model's own folder with --to merged, and convert that with --to gguf",
         )
-    check_applied(layout.architecture, file)
 
 
 def check_applied(architecture: str, file: Path) -> None:
@@ -105,11 +104,12 @@ def plan_gguf_adapter(
         RequestError: the adapter has no place in the base model, or llama.cpp would not use it as it is.
     """
     path = file_dest(dest, adapter.root, target.file, *([] if lora is None else [lora.init.folder]))
-    check_layout(target.layout, target.file)
+    check_known(target.layout, target.file)
+    check_applied(target.layout.architecture, target.file)
     ranks = {name: pair.rank for name, pair in adapter.pairs.items()} if lora is None else lora.ranks
     tensors = place_adapter(adapter, ranks, target)
     # Both factors in float64, and as much again while they are compared with what is stored.
-    largest = max(8 * 4 * tensor.rank * sum(tensor.shape) * max(1, *tensor.shape[:-2], 1) for tensor in tensors)
+    largest = max(8 * 4 * tensor.size for tensor in tensors)
     if lora is not None:
         largest += max(module.workspace for module in lora.modules)
     memory = plan_memory([largest] * min(threads, len(tensors)), lambda lanes: 0, 1, run.max_memory)

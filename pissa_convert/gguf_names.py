@@ -64,6 +64,12 @@ _EXPERT = re.compile(r"(?P<stem>.*\.experts)\.(?P<number>\d+)\.(?P<rest>.+)")
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
+def block_kind(name: str) -> str:
+    """A GGUF name without the layer."""
+    match = _BLOCK.fullmatch(name)
+    return match[2] if match else name
+
+
 @dataclass(frozen=True)
 class Home:
     """Where a tensor lies.
@@ -81,8 +87,7 @@ class Home:
     @property
     def kind(self) -> str:
         """The name without the layer."""
-        match = _BLOCK.fullmatch(self.name)
-        return match[2] if match else self.name
+        return block_kind(self.name)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.checkpoint import Checkpoint
@@ -12,16 +13,16 @@ from pissa_convert.formats.gguf_types import PLAIN, TYPES
 from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.gguf_adapter_planning import file_dest
 from pissa_convert.gguf_model import RESIDUAL_MARK, BaseGguf
-from pissa_convert.gguf_options import GgufOptions
+from pissa_convert.gguf_options import KEEPING, GgufOptions
 from pissa_convert.gguf_origins import Origin
 from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.gguf_steps import VALUES, Encode, Treatment, encode_steps, gguf_steps
 from pissa_convert.memory import plan_memory
 from pissa_convert.options import RunOptions
 from pissa_convert.steps import ShardPlan, Step, flights
-from pissa_convert.transforms.ggml import check_encodable
+from pissa_convert.transforms.ggml import can_decode, check_encodable
 
-_WORKSPACE = 8 * 4 * VALUES
+WORKSPACE = 8 * 4 * VALUES
 """Bytes of the arrays that a lane works with: the values, the quantiser's own, and the values as stored."""
 
 _SMALLER_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -48,9 +49,19 @@ _FILE_TYPES = {
 """llama.cpp's numbers for what most of a file is in (llama_ftype)."""
 
 
+def check_decodable(tensor: TensorInfo, file: Path) -> None:
+    """Refuse a type whose values cannot be read.
+
+    Raises:
+        RequestError: it is one.
+    """
+    if not can_decode(tensor.dtype):
+        raise RequestError("is of a type that cannot be read", file=file, tensor=tensor.name, found=tensor.dtype)
+
+
 def chosen_type(tensor: TensorInfo, outtype: str) -> str:
     """The type that a tensor of a template, or of the model itself, is stored in."""
-    if outtype == "template":
+    if outtype in KEEPING:
         return tensor.dtype
     if len(tensor.shape) == 1:
         return "F32"
@@ -72,7 +83,7 @@ def new_header(
         residual: the model is nothing without its adapter, and must say so.
     """
     pairs = {key: data for key, data in base.pairs.items() if not key.startswith(("quantize.imatrix.", "split."))}
-    if outtype != "template":
+    if outtype not in KEEPING:
         pairs["general.file_type"] = encode_pair("general.file_type", _FILE_TYPES[outtype], UINT32)
     if any(kind not in PLAIN for kind in kinds.values()):
         pairs["general.quantization_version"] = encode_pair("general.quantization_version", 2, UINT32)
@@ -146,6 +157,6 @@ def plan_gguf_model(
         base=template,
         shard=shard,
         read=read,
-        memory=plan_memory(flights([shard]), lambda lanes: lanes * _WORKSPACE, threads, run.max_memory),
+        memory=plan_memory(flights([shard]), lambda lanes: lanes * WORKSPACE, threads, run.max_memory),
         warnings=warnings,
     )

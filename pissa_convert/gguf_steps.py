@@ -11,6 +11,7 @@ from pissa_convert.formats.gguf_types import TYPES
 from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.gguf_adapter import AdaptedTensor
 from pissa_convert.gguf_origins import Origin, as_rows
+from pissa_convert.linalg import SplitSpec, SplitStats
 from pissa_convert.steps import Change, Step, align, steps_of
 from pissa_convert.transforms.merge import MergeStats
 
@@ -138,3 +139,82 @@ def encode_steps(place: TensorInfo, tensor: TensorInfo, treatment: Treatment, al
                 treatment=treatment,
                 padding=padded(place.end, alignment) - place.end if is_last else 0,
             )
+
+
+@dataclass(frozen=True)
+class GgufSplit:
+    """One weight, or that of one expert: its rows become the residual's, and A and B go to the adapter's GGUF.
+
+    Attributes:
+        begin, end: in the source GGUF; with the padding after a tensor's last rows.
+        at: where the residual begins.
+        tensor: its name.
+        key: what its statistics are kept under; with the expert's number where there are several.
+        spec: what the transform does, in the dtype that it works in.
+        kind, stored_kind: types in the source and in the residual.
+        padding: zeros that follow the residual.
+        a, b: places of A and B in the adapter's GGUF.
+    """
+
+    begin: int
+    end: int
+    at: int
+    tensor: str
+    key: str
+    spec: SplitSpec
+    kind: str
+    stored_kind: str
+    padding: int
+    a: TensorInfo
+    b: TensorInfo
+
+    def _nbytes(self, kind: str) -> int:
+        return self.spec.rows * TYPES[kind].row_bytes(self.spec.cols)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the transform works on the bytes as they lie."""
+        return self.kind == self.stored_kind == self.spec.dtype
+
+    @property
+    def stop(self) -> int:
+        """Where the residual ends, with padding."""
+        return self.at + self._nbytes(self.stored_kind) + self.padding
+
+    @property
+    def source(self) -> slice:
+        """The part of the buffer that holds the rows as they were, without padding."""
+        return slice(0, self._nbytes(self.kind))
+
+    @property
+    def work(self) -> slice:
+        """The part that the transform works on."""
+        at = 0 if self.in_place else align(self.end - self.begin)
+        return slice(at, at + self._nbytes(self.spec.dtype))
+
+    @property
+    def stored(self) -> slice:
+        """The part that the residual goes to."""
+        at = 0 if self.in_place else align(self.work.stop)
+        return slice(at, at + self._nbytes(self.stored_kind))
+
+    @property
+    def result(self) -> slice:
+        """The same with the padding."""
+        return slice(self.stored.start, self.stored.stop + self.padding)
+
+    @property
+    def beside(self) -> tuple[tuple[slice, TensorInfo], ...]:
+        """The parts that go to the adapter's GGUF, each with its place there."""
+        a_at = align(max(self.result.stop, self.end - self.begin))
+        b_at = align(a_at + self.a.nbytes)
+        return (slice(a_at, a_at + self.a.nbytes), self.a), (slice(b_at, b_at + self.b.nbytes), self.b)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory for it."""
+        return int(self.beside[1][0].stop)
+
+    def read_stats(self, values: dict[str, Any]) -> SplitStats:
+        """Its statistics from their JSON values."""
+        return SplitStats.from_json(values)

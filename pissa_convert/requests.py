@@ -13,7 +13,7 @@ from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import open_adapter
 from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
 from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_requests import plan_to_gguf
+from pissa_convert.gguf_requests import plan_merged_gguf, plan_split_gguf, plan_to_gguf
 from pissa_convert.init_planning import derived_init, stored_init
 from pissa_convert.linalg import Backend
 from pissa_convert.lora_plan import LoraPlan
@@ -39,12 +39,16 @@ def plan_request(
     Raises:
         RequestError: the request is wrong in itself or does not fit the files.
     """
+    if to == "pissa" and Path(source).is_file():
+        return plan_split_gguf(source, dest, options, run_options, backend)
     if to == "pissa":
         _check_options(to, options, split_options)
         return make_plan(source, dest, to, split_options(**options), run_options, backend)
     if to == "lora":
         _check_options(to, options, lora_options, _INIT)
         return _plan_lora(Path(source), dest, options, run_options, backend)
+    if to == "merged" and Path(source).is_file():
+        return plan_merged_gguf(source, dest, options, run_options, backend.threads)
     if to == "merged":
         _check_options(to, options, merge_options, ("adapter",))
         adapter = options.pop("adapter", None)

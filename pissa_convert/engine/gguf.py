@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from pissa_convert.engine.factors import FactorFile
 from pissa_convert.engine.model_rows import ModelRows
 from pissa_convert.engine.run import Outcome, ProgressCallback, carry_out
 from pissa_convert.errors import WeightError
+from pissa_convert.gguf_adapter import AdaptedTensor
 from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_steps import Encode
+from pissa_convert.gguf_steps import Encode, GgufSplit
+from pissa_convert.linalg import Backend
 from pissa_convert.memory import peak_resident_bytes
 from pissa_convert.report import GgufReport
-from pissa_convert.transforms.ggml import Array, decode, encode
+from pissa_convert.steps import Stats
+from pissa_convert.transforms.delta import Product
+from pissa_convert.transforms.ggml import Array, decode, store
+from pissa_convert.transforms.gguf_split import split_gguf
 from pissa_convert.transforms.merge import MergeStats
 
 
-def run_gguf(plan: GgufPlan, *, overwrite: bool = False, progress: ProgressCallback | None = None) -> GgufReport:
+def run_gguf(
+    plan: GgufPlan, backend: Backend, *, overwrite: bool = False, progress: ProgressCallback | None = None
+) -> GgufReport:
     """Make a model's GGUF as planned.
 
     Args:
+        backend: does the splits, where there are any; the one that was planned with.
         overwrite: replace an earlier conversion.
         progress: called from this thread as work is finished.
 
@@ -33,14 +42,15 @@ def run_gguf(plan: GgufPlan, *, overwrite: bool = False, progress: ProgressCallb
     """
     # One BLAS thread in each lane: so the number of lanes changes no byte.
     with ExitStack() as stack, threadpool_limits(1, user_api="blas"):
-        done = carry_out(plan, gguf_lanes(plan, plan.memory.lanes, stack), overwrite=overwrite, progress=progress)
+        lanes = gguf_lanes(plan, backend.share(plan.memory.lanes), stack)
+        done = carry_out(plan, lanes, overwrite=overwrite, progress=progress)
     return gguf_report(plan, done)
 
 
 def gguf_report(plan: GgufPlan, done: Outcome) -> GgufReport:
     """What is said of a finished run."""
     return GgufReport(
-        dest=plan.dest / plan.alone,
+        dest=plan.result,
         tensors=len(done.tensors),
         resumed=done.resumed,
         complete_before=done.complete_before,
@@ -53,31 +63,45 @@ def gguf_report(plan: GgufPlan, done: Outcome) -> GgufReport:
     )
 
 
-def gguf_lanes(plan: GgufPlan, count: int, stack: ExitStack) -> Sequence[GgufLane]:
-    """Lanes that share the files they read, which `stack` closes."""
+def gguf_lanes(plan: GgufPlan, backends: Sequence[Backend], stack: ExitStack) -> Sequence[GgufLane]:
+    """One lane for each backend; they share the files they read, which `stack` closes."""
     model = stack.enter_context(ModelRows())
     model.open_all([step.treatment.origin for step in plan.encodings if step.treatment.origin is not None])
-    return [GgufLane(model) for _ in range(count)]
+    products: Products | None = None
+    if plan.adapter is not None:
+        pairs, factors = plan.adapter.pairs, stack.enter_context(FactorFile(plan.adapter.file.path))
+
+        def products(module: str) -> Product:
+            return factors.product(pairs[module])
+
+    return [GgufLane(model, backend, products) for backend in backends]
+
+
+Products = Callable[[str], Product]
+"""s·B and A of a module, by its name."""
 
 
 @dataclass
 class GgufLane:
-    """Does the work of a step."""
+    """Does the work of a step; the factors that all rows of a tensor share are made once for rows in a row."""
 
     model: ModelRows
+    backend: Backend
+    products: Products | None = None
+    _shared: tuple[str, Array, Array] | None = field(default=None, repr=False)
 
-    def __call__(self, step: Encode, file: Path, buffer: memoryview) -> MergeStats:
+    def __call__(self, step: Encode | GgufSplit, file: Path, buffer: memoryview) -> Stats:
         """Turn the rows at the front of `buffer` into what `step` says.
 
         Raises:
             WeightError: a value cannot be stored; names file and tensor.
         """
         try:
-            exact = self.exact(step, buffer[step.source])
-            stored = buffer[step.stored]
-            encode(exact, step.treatment.kind, stored)
+            stats = (
+                split_gguf(step, buffer, self.backend) if isinstance(step, GgufSplit) else self._encode(step, buffer)
+            )
             np.frombuffer(buffer[step.stored.stop : step.result.stop], np.uint8)[:] = 0
-            return measure(exact, decode(stored, step.treatment.kind, step.columns))
+            return stats
         except WeightError as error:
             raise WeightError(
                 error.what,
@@ -87,15 +111,28 @@ class GgufLane:
                 fix=error.fix,
             ) from error
 
+    def _encode(self, step: Encode, buffer: memoryview) -> MergeStats:
+        exact, kind = self.exact(step, buffer[step.source]), step.treatment.kind
+        return store(exact, kind, buffer[step.stored])
+
     def exact(self, step: Encode, source: memoryview) -> Array:
         """The rows before they are stored, float32."""
         origin = step.treatment.origin
         if origin is not None:
             return self.model.rows(origin, step.top, step.bottom)
-        return decode(source, step.kind, step.columns)
+        values = decode(source, step.kind, step.columns)
+        if step.treatment.added is None:
+            return values
+        a, b = self._factors(step.treatment.added)
+        expert, top = divmod(step.top, b.shape[-2])
+        if a.ndim > 2:
+            a, b = a[expert], b[expert]
+        values += b[top : top + step.bottom - step.top] @ a
+        return values
 
-
-def measure(exact: Array, stored: Array) -> MergeStats:
-    """What storing has cost."""
-    difference = stored - exact
-    return MergeStats(float(np.vdot(difference, difference)), float(np.vdot(exact, exact)))
+    def _factors(self, added: AdaptedTensor) -> tuple[Array, Array]:
+        if self._shared is None or self._shared[0] != added.name:
+            assert self.products is not None
+            a, b = added.factors(self.products)
+            self._shared = added.name, a.astype(np.float32), b.astype(np.float32)
+        return self._shared[1:]

@@ -19,7 +19,8 @@ from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.gguf_model import BaseGguf
 from pissa_convert.gguf_names import Layout
 from pissa_convert.gguf_origins import Origin, as_rows, kinds_of
-from pissa_convert.transforms.ggml import Array, can_decode, decode
+from pissa_convert.gguf_planning import check_decodable
+from pissa_convert.transforms.ggml import Array, decode
 
 _SAMPLE = 1 << 16
 """Values of a tensor that are compared, about."""
@@ -62,8 +63,7 @@ def _proven(
     name: str, template: BaseGguf, origin: Origin, layout: Layout, model: ModelRows, file: FactorFile
 ) -> Origin:
     tensor = template.tensors[name]
-    if not can_decode(tensor.dtype):
-        raise RequestError("is of a type that cannot be read", file=file.path, tensor=name, found=tensor.dtype)
+    check_decodable(tensor, file.path)
     candidates = [origin] if layout.is_known else list(_candidates(name, origin, layout))
     distances = [_distance(tensor, candidate, model, file) for candidate in candidates]
     best = int(np.argmin(distances))

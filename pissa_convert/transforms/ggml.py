@@ -16,6 +16,7 @@ import numpy as np
 from pissa_convert.errors import RequestError, WeightError
 from pissa_convert.formats.gguf_types import PLAIN, TYPES
 from pissa_convert.transforms import bfloat16
+from pissa_convert.transforms.merge import MergeStats
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -84,6 +85,14 @@ def encode(values: Array, kind: str, out: memoryview) -> None:
     raw[:] = _encoded(np.ascontiguousarray(values), kind).reshape(-1)
     if not _is_finite(raw, kind):
         raise WeightError("holds a value that overflows", found=kind, fix="choose another --outtype")
+
+
+def store(values: Array, kind: str, out: memoryview) -> MergeStats:
+    """The same, and what it has cost."""
+    encode(values, kind, out)
+    difference = decode(out, kind, values.shape[1])
+    difference -= values
+    return MergeStats(float(np.vdot(difference, difference)), float(np.vdot(values, values)))
 
 
 def _encoded(values: Array, kind: str) -> Bytes:
