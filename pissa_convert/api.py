@@ -220,6 +220,8 @@ def verify(
     *,
     init: _Path | None = None,
     adapter: _Path | None = None,
+    base_gguf: _Path | None = None,
+    base: _Path | None = None,
     threads: int | None = None,
     progress: verification.Progress | None = None,
 ) -> verification.Verification:
@@ -231,10 +233,11 @@ def verify(
     records, and so must the rounding of every merged weight. Memory does not grow with the model.
 
     Args:
-        dest: the folder that `convert` made; nothing is written to it.
+        dest: the folder or file that `convert` made; nothing is written to it.
         source: the folder of the original model, or for a LoRA of the trained adapter.
         init: for a LoRA with `source`, the initial adapter, as `convert` took it.
         adapter: for a merged model with `source`, the adapter.
+        base_gguf, base: for a result of to="gguf" with `source`, what it was made with.
         threads: files that are read at once, at most; by default as many as CPUs, up to four.
         progress: called as `progress(bytes_done, bytes_in_all)`, from worker threads, one call at a time.
 
@@ -242,5 +245,5 @@ def verify(
         RequestError: there is no finished conversion in `dest`, or `source` is no folder.
         DamageError: something differs; its `findings` name every file and tensor that does.
     """
-    origins = Origins(*(None if path is None else Path(path) for path in (source, init, adapter)))
+    origins = Origins(*(None if path is None else Path(path) for path in (source, init, adapter, base_gguf, base)))
     return verification.verify(Path(dest), origins, threads=threads or usable_cpus(), progress=progress)

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "of a few matrices. Interrupted at any moment, the same command continues.",
         epilog="example: pissa-convert Llama-3.1-8B/ l8-pissa/ --to pissa --rank 64",
         usage="%(prog)s SOURCE DEST --to {" + ",".join(TARGETS) + "} [options]\n"
-        "       %(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER]]",
+        "       %(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER | --base-gguf BASE]]",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("source", metavar="SOURCE", help="folder of a model, or of a trained adapter; never written to")
@@ -144,13 +144,16 @@ def _add_lora(group: argparse._ArgumentGroup) -> None:
 def _verify_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pissa-convert",
-        usage="%(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER]] [--threads N] [--quiet]",
+        usage="%(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER | --base-gguf BASE]]"
+        " [--threads N] [--quiet]",
     )
     parser.add_argument("dest", metavar="DEST")
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--source", metavar="SOURCE")
     parser.add_argument("--init", metavar="INIT")
     parser.add_argument("--adapter", metavar="ADAPTER")
+    parser.add_argument("--base-gguf", metavar="BASE")
+    parser.add_argument("--base", metavar="MODEL")
     parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("--quiet", action="store_true")
     return parser
@@ -221,7 +224,14 @@ def _verify(given: argparse.Namespace) -> None:
 
     bar = None if given.quiet or not sys.stderr.isatty() else ProgressBar()
     found = api.verify(
-        given.dest, given.source, init=given.init, adapter=given.adapter, threads=given.threads, progress=bar
+        given.dest,
+        given.source,
+        init=given.init,
+        adapter=given.adapter,
+        base_gguf=given.base_gguf,
+        base=given.base,
+        threads=given.threads,
+        progress=bar,
     )
     if not given.quiet:
         print_verification(found, given.source)

@@ -147,6 +147,7 @@ class GgufPlan:
         tensors: dict[str, dict[str, Any]] = {
             name: {
                 "file": self.shard.name,
+                **({"module": name, "fan_in_fan_out": False} if self.beside is not None else {}),
                 "type": kinds[name],
                 "bytes": nbytes[name],
                 "relative_error": Fixed(total.relative_error),

@@ -85,7 +85,7 @@ def new_header(
     pairs = {key: data for key, data in base.pairs.items() if not key.startswith(("quantize.imatrix.", "split."))}
     if outtype not in KEEPING:
         pairs["general.file_type"] = encode_pair("general.file_type", _FILE_TYPES[outtype], UINT32)
-    if any(kind not in PLAIN for kind in kinds.values()):
+    if outtype not in KEEPING and any(kind not in PLAIN for kind in kinds.values()):
         pairs["general.quantization_version"] = encode_pair("general.quantization_version", 2, UINT32)
     if residual:
         name = f"{base.values.get('general.name', '')} {RESIDUAL_MARK}: needs its principal adapter".strip()

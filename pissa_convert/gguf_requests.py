@@ -130,4 +130,5 @@ def _plan_delta(
         if given:
             raise RequestError(f"--{next(iter(given)).replace('_', '-')} goes with --init")
         return None
-    return plan_lora(adapter, stored_init(Path(options["init"])), dest, lora_options(**given), run, threads)
+    folder = Path(os.path.abspath(dest)).parent  # DEST itself is a file
+    return plan_lora(adapter, stored_init(Path(options["init"])), folder, lora_options(**given), run, threads)

@@ -95,11 +95,9 @@ def _convert(
     timings: Timings,
     progress: ProgressCallback | None,
 ) -> tuple[GgufAdapterPlan, dict[str, FactorStats]]:
-    if plan.lora is not None and plan.lora.options.rank == "auto":
-        wanted = dict(lora_results(plan.lora, wanted_rank, None, timings))
-        plan = with_ranks(plan, choose_ranks(plan.lora.modules, wanted, plan.lora.options))
+    plan = with_known_ranks(plan, timings)
     stats: dict[str, FactorStats] = {}
-    with PartialFile(plan.dest / plan.alone, plan.size) as file, _products(plan) as products:
+    with PartialFile(plan.dest / plan.alone, plan.size) as file, products_of(plan) as products:
         output = Appender(file, timings, progress)
         output.write(plan.header, 0)
         work = partial(_factors, plan)
@@ -117,8 +115,16 @@ def _convert(
     return plan, stats
 
 
+def with_known_ranks(plan: GgufAdapterPlan, timings: Timings) -> GgufAdapterPlan:
+    """The plan with the ranks that `--rank auto` chooses, which only the values can tell."""
+    if plan.lora is None or plan.lora.options.rank != "auto":
+        return plan
+    wanted = dict(lora_results(plan.lora, wanted_rank, None, timings))
+    return with_ranks(plan, choose_ranks(plan.lora.modules, wanted, plan.lora.options))
+
+
 @contextmanager
-def _products(plan: GgufAdapterPlan) -> Iterator[Products]:
+def products_of(plan: GgufAdapterPlan) -> Iterator[Products]:
     """What each module adds: what the adapter holds, or what training changed."""
     with ExitStack() as stack:
         adapter = stack.enter_context(FactorFile(plan.adapter.file.path))
@@ -160,13 +166,13 @@ def _factors(plan: GgufAdapterPlan, given: tuple[AdaptedTensor, Products]) -> _M
         ) from error
     (a, a_meant), (b, b_meant) = stored
     norm = off = lost
-    for exact, meant in zip(_matrices(*factors), _matrices(a_meant, b_meant), strict=True):
+    for exact, meant in zip(matrices(*factors), matrices(a_meant, b_meant), strict=True):
         norm += exact.norm**2
         off += exact_norm(difference(exact, meant)) ** 2
     return FactorStats(math.sqrt(off / norm) if norm else 0.0, math.sqrt(norm)), (a, b)
 
 
-def _matrices(a: Array, b: Array) -> Iterator[Product]:
+def matrices(a: Array, b: Array) -> Iterator[Product]:
     """B·A, or one for each expert."""
     if a.ndim == 2:
         yield Product(b, a)

@@ -26,7 +26,7 @@ _SAMPLE = 1 << 16
 """Values of a tensor that are compared, about."""
 
 _ALIKE = 0.2
-"""Cosine of the angle between the values of a matrix: 0.9 and more for a quantised template or a trained model, 0.5 and
+"""Correlation of the values of a matrix: 0.9 and more for a quantised template or a trained model, 0.5 and
 more for the residual of a split, and about 1/√_SAMPLE for what has nothing in common."""
 
 _APART = 0.5
@@ -95,15 +95,17 @@ def _distance(tensor: TensorInfo, origin: Origin, model: ModelRows, file: Factor
     count = min(rows, origin.rows, max(1, _SAMPLE // columns // group) * group)
     width = TYPES[tensor.dtype].row_bytes(columns)
     stored = decode(file.raw(tensor, 0, count * width), tensor.dtype, columns)
-    return _angle(stored, model.rows(origin, 0, count), is_vector=columns == 1)
+    return _apart(stored, model.rows(origin, 0, count), is_vector=columns == 1)
 
 
-def _angle(first: Array, second: Array, is_vector: bool) -> float:
-    one, other = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
+def _apart(first: Array, second: Array, is_vector: bool) -> float:
+    one, other = (values.astype(np.float64).ravel() for values in (first, second))
+    if not is_vector:
+        one, other = one - one.mean(), other - other.mean()
     norms = float(np.linalg.norm(one)), float(np.linalg.norm(other))
     if not any(norms):
         return 0.0
     if is_vector:
         return float(np.linalg.norm(one - other)) / max(norms) / _APART
-    cosine = float(one @ other) / (norms[0] * norms[1]) if all(norms) else 0.0
-    return _ALIKE / cosine if cosine > 0 else np.inf
+    correlation = float(one @ other) / (norms[0] * norms[1]) if all(norms) else 0.0
+    return _ALIKE / correlation if correlation > 0 else np.inf
