@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder
@@ -11,7 +12,7 @@ from pissa_convert.gguf_adapter_planning import check_known, file_dest, target_o
 from pissa_convert.gguf_model import BaseGguf
 from pissa_convert.gguf_options import GgufOptions
 from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_planning import WORKSPACE, check_decodable, chosen_type, shard_of
+from pissa_convert.gguf_planning import WORKSPACE, check_decodable, chosen_type, shard_of, workspace
 from pissa_convert.gguf_steps import Treatment
 from pissa_convert.memory import plan_memory
 from pissa_convert.merge_plan import ADAPTER_PREFIX
@@ -54,6 +55,6 @@ def plan_gguf_merge(
         base=base,
         shard=shard,
         read={f"{ADAPTER_PREFIX}{name}": adapter.root / name for name in (CONFIG_NAME, WEIGHTS_NAME)},
-        memory=plan_memory(flights([shard]), lambda lanes: lanes * (WORKSPACE + factors), threads, run.max_memory),
+        memory=plan_memory(flights([shard]), partial(workspace, shard, WORKSPACE + factors), threads, run.max_memory),
         adapter=adapter,
     )

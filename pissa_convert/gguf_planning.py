@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from pissa_convert.errors import RequestError
@@ -17,9 +18,9 @@ from pissa_convert.gguf_options import KEEPING, GgufOptions
 from pissa_convert.gguf_origins import Origin
 from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.gguf_steps import VALUES, Encode, Treatment, encode_steps, gguf_steps
-from pissa_convert.memory import plan_memory
+from pissa_convert.memory import Widths, plan_memory
 from pissa_convert.options import RunOptions
-from pissa_convert.steps import ShardPlan, Step, flights
+from pissa_convert.steps import ShardPlan, Step, changes_of, flights
 from pissa_convert.transforms.ggml import can_decode, check_encodable
 
 WORKSPACE = 8 * 4 * VALUES
@@ -116,6 +117,11 @@ def shard_of(
     return ShardPlan(base, header, steps[-1].stop, steps, alone)
 
 
+def workspace(shard: ShardPlan, lane: int, widths: Widths) -> int:
+    """Bytes that the lanes take beside the rows; more threads in one do not make it larger."""
+    return widths.total((step.nbytes, lambda threads: lane) for step in changes_of([shard]))
+
+
 def plan_gguf_model(
     checkpoint: Checkpoint,
     template: BaseGguf,
@@ -157,6 +163,6 @@ def plan_gguf_model(
         base=template,
         shard=shard,
         read=read,
-        memory=plan_memory(flights([shard]), lambda lanes: lanes * WORKSPACE, threads, run.max_memory),
+        memory=plan_memory(flights([shard]), partial(workspace, shard, WORKSPACE), threads, run.max_memory),
         warnings=warnings,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from pissa_convert.errors import RequestError
@@ -20,10 +21,10 @@ from pissa_convert.gguf_plan import AdapterFile, GgufPlan
 from pissa_convert.gguf_planning import WORKSPACE, check_decodable, chosen_type, new_header
 from pissa_convert.gguf_steps import GgufSplit, Treatment, encode_steps, gguf_steps
 from pissa_convert.linalg import Backend, SplitSpec, tensor_key
-from pissa_convert.memory import plan_memory
+from pissa_convert.memory import Widths, plan_memory
 from pissa_convert.options import ADAPTER_DTYPES, RunOptions
-from pissa_convert.planning import check_destination, workspace_of
-from pissa_convert.steps import Change, ShardPlan, flights
+from pissa_convert.planning import check_destination
+from pissa_convert.steps import Change, ShardPlan, changes_of, flights
 from pissa_convert.targets import ALL_LINEAR, Action, Decision, matcher
 from pissa_convert.transforms.ggml import check_encodable
 
@@ -69,7 +70,6 @@ def plan_gguf_split(
     steps = gguf_steps(file, places, changes)
     stem = file.path.stem
     shard = ShardPlan(file, header, steps[-1].stop, steps, f"{stem}-{RESIDUAL_MARK}.gguf")
-    specs = [step.spec for step in steps if isinstance(step, GgufSplit)]
     size = padded(max(slot.end for pair in slots.values() for slot in pair), ALIGNMENT)
     return GgufPlan(
         to="pissa",
@@ -79,16 +79,20 @@ def plan_gguf_split(
         base=base,
         shard=shard,
         read={},
-        memory=plan_memory(
-            flights([shard]),
-            lambda lanes: workspace_of(specs, backend, lanes) + lanes * WORKSPACE,
-            backend.threads,
-            run.max_memory,
-        ),
+        memory=plan_memory(flights([shard]), partial(_workspace, shard, backend), backend.threads, run.max_memory),
         beside=AdapterFile(f"{stem}-principal-adapter.gguf", adapter_header, size),
         backend=backend.name,
         decisions=decisions,
     )
+
+
+def _workspace(shard: ShardPlan, backend: Backend, widths: Widths) -> int:
+    """Bytes of the splits' workspaces, and of the arrays that rows are decoded and encoded in."""
+
+    def needed(step: Change, threads: int) -> int:
+        return WORKSPACE + (backend.workspace_bytes(step.spec, threads) if isinstance(step, GgufSplit) else 0)
+
+    return widths.total((step.nbytes, partial(needed, step)) for step in changes_of([shard]))
 
 
 def _decide(base: BaseGguf, options: GgufSplitOptions) -> tuple[Decision, ...]:

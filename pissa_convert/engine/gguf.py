@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +42,7 @@ def run_gguf(
     """
     # One BLAS thread in each lane: so the number of lanes changes no byte.
     with ExitStack() as stack, threadpool_limits(1, user_api="blas"):
-        lanes = gguf_lanes(plan, backend.share(plan.memory.lanes), stack)
-        done = carry_out(plan, lanes, overwrite=overwrite, progress=progress)
+        done = carry_out(plan, lane_maker(plan, backend, stack), overwrite=overwrite, progress=progress)
     return gguf_report(plan, done)
 
 
@@ -63,8 +62,8 @@ def gguf_report(plan: GgufPlan, done: Outcome) -> GgufReport:
     )
 
 
-def gguf_lanes(plan: GgufPlan, backends: Sequence[Backend], stack: ExitStack) -> Sequence[GgufLane]:
-    """One lane for each backend; they share the files they read, which `stack` closes."""
+def lane_maker(plan: GgufPlan, backend: Backend, stack: ExitStack) -> Callable[[int], GgufLane]:
+    """Makes a lane of so many threads; lanes share the files they read, which `stack` closes."""
     model = stack.enter_context(ModelRows())
     model.open_all([step.treatment.origin for step in plan.encodings if step.treatment.origin is not None])
     products: Products | None = None
@@ -74,7 +73,7 @@ def gguf_lanes(plan: GgufPlan, backends: Sequence[Backend], stack: ExitStack) ->
         def products(module: str) -> Product:
             return factors.product(pairs[module])
 
-    return [GgufLane(model, backend, products) for backend in backends]
+    return lambda threads: GgufLane(model, backend.with_threads(threads), products)
 
 
 Products = Callable[[str], Product]
