@@ -27,6 +27,7 @@ MAX_HEADER = 1 << 29
 _VERSIONS = (2, 3)
 _MAX_NAME = 63
 _MAX_KEY = 65535
+_ALIGNMENT = "general.alignment"
 _MAX_ALIGNMENT = 1 << 20
 _PIECE = 1 << 22
 _KEPT = 4096
@@ -167,8 +168,10 @@ def _parse(cursor: _Cursor, size: int) -> GgufFile:
         raise FormatError(what, file=cursor.path, expected="version 2 or 3, little-endian", found=version)
     tensor_count, pair_count = cursor.number("Q"), cursor.number("Q")
     values, pairs = _pairs(cursor, pair_count)
-    alignment = values.get("general.alignment", 32)
-    if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+    alignment, pair = values.get(_ALIGNMENT, 32), pairs.get(_ALIGNMENT)
+    # llama.cpp aborts where it is of another type.
+    is_uint32 = pair is None or pair.startswith(struct.pack("<I", UINT32), 8 + len(_ALIGNMENT))
+    if not is_uint32 or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
         raise cursor.wrong("general.alignment is malformed", expected="a power of two", found=str(alignment)[:40])
     entries = [_entry(cursor) for _ in _counted(tensor_count)]
     if not entries:
