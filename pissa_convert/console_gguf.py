@@ -33,9 +33,24 @@ def print_gguf_report(report: GgufReport) -> None:
         f"""{finished(report, f"{report.tensors} tensors")}
 {stages(report.timings)}
 within {report.relative_error:.1e} at worst
-{report.usage}""",
+{_sizes(report)}{report.usage}""",
         file=sys.stderr,
     )
+
+
+def _sizes(report: GgufReport) -> str:
+    """The size-and-error table, and what it says of the result."""
+    if not report.sizes:
+        return ""
+    made, *others = report.sizes
+    width = max(len(line.what) for line in report.sizes)
+    lines = ["size and error, ‖W − stored‖/‖W‖, beside a sample of the same weights in other types:"]
+    lines += [f"    {line.what:{width}}  {amount(line.nbytes):>8}  {line.relative_error:.1e}" for line in report.sizes]
+    better = [line for line in others if line.nbytes <= made.nbytes and line.relative_error < made.relative_error]
+    if better:
+        line = min(better, key=lambda line: line.relative_error)
+        lines.append(f"not worth it for its size: {line.what} is no larger and closer to the exact weights")
+    return "\n".join(lines) + "\n"
 
 
 def print_model_plan(plan: GgufPlan) -> None:

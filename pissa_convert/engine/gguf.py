@@ -11,6 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pissa_convert.engine.factors import FactorFile
+from pissa_convert.engine.gguf_sizes import size_table
 from pissa_convert.engine.model_rows import ModelRows
 from pissa_convert.engine.run import Outcome, ProgressCallback, carry_out
 from pissa_convert.errors import WeightError
@@ -19,7 +20,7 @@ from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.gguf_steps import Encode, GgufSplit
 from pissa_convert.linalg import Backend
 from pissa_convert.memory import peak_resident_bytes
-from pissa_convert.report import GgufReport
+from pissa_convert.report import GgufReport, SizeLine
 from pissa_convert.steps import Stats
 from pissa_convert.transforms.delta import Product
 from pissa_convert.transforms.ggml import Array, decode, store
@@ -42,11 +43,12 @@ def run_gguf(
     """
     # One BLAS thread in each lane: so the number of lanes changes no byte.
     with ExitStack() as stack, threadpool_limits(1, user_api="blas"):
-        done = carry_out(plan, lane_maker(plan, backend, stack), overwrite=overwrite, progress=progress)
-    return gguf_report(plan, done)
+        make = lane_maker(plan, backend, stack)
+        done = carry_out(plan, make, overwrite=overwrite, progress=progress)
+        return gguf_report(plan, done, size_table(plan, done.tensors, make(1).exact))
 
 
-def gguf_report(plan: GgufPlan, done: Outcome) -> GgufReport:
+def gguf_report(plan: GgufPlan, done: Outcome, sizes: tuple[SizeLine, ...]) -> GgufReport:
     """What is said of a finished run."""
     return GgufReport(
         dest=plan.result,
@@ -59,6 +61,7 @@ def gguf_report(plan: GgufPlan, done: Outcome) -> GgufReport:
         peak_memory=peak_resident_bytes(),
         warnings=plan.warnings,
         usage=plan.usage,
+        sizes=sizes,
     )
 
 

@@ -172,8 +172,7 @@ def compare_gguf_adapter(plan: GgufAdapterPlan, manifest: Manifest) -> Finding:
     findings: list[PissaError] = []
     errors = []
     with FactorFile(path) as stored, products_of(plan) as products:
-        header = TensorInfo("", "F32", (), 0, 0)
-        if stored.raw(header, 0, len(plan.header)) != plan.header:
+        if stored.bytes(0, len(plan.header)) != plan.header:
             findings.append(FormatError("the header is not what it should be", file=path))
         for tensor in plan.tensors:
             lost: list[float] = []
