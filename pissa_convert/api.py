@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from pissa_convert.engine import verify as verification
+from pissa_convert.engine.gguf import run_gguf
+from pissa_convert.engine.gguf_adapter import run_gguf_adapter
 from pissa_convert.engine.lora import run_lora
 from pissa_convert.engine.merge import run_merge
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
+from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.linalg.native import NativeBackend, usable_cpus
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.matrix import Split, split
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.options import RunOptions
 from pissa_convert.planning import Plan
-from pissa_convert.report import LoraReport, MergeReport, Report
-from pissa_convert.requests import plan_request
+from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, Report
+from pissa_convert.requests import AnyPlan, plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
 
@@ -34,7 +38,7 @@ def plan(
     threads: int | None = None,
     max_memory: int | None = None,
     **options: Any,
-) -> Plan: ...
+) -> Plan | GgufPlan: ...
 @overload
 def plan(
     source: _Path,
@@ -54,7 +58,17 @@ def plan(
     threads: int | None = None,
     max_memory: int | None = None,
     **options: Any,
-) -> MergePlan: ...
+) -> MergePlan | GgufPlan: ...
+@overload
+def plan(
+    source: _Path,
+    dest: _Path,
+    to: Literal["gguf"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    **options: Any,
+) -> GgufAdapterPlan | GgufPlan: ...
 def plan(
     source: _Path,
     dest: _Path,
@@ -63,7 +77,7 @@ def plan(
     threads: int | None = None,
     max_memory: int | None = None,
     **options: Any,
-) -> Plan | LoraPlan | MergePlan:
+) -> AnyPlan:
     """Say what `convert` would do, from headers alone. Writes nothing.
 
     The arguments are those of `convert`.
@@ -90,7 +104,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> Report: ...
+) -> Report | GgufReport: ...
 @overload
 def convert(
     source: _Path,
@@ -114,7 +128,19 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> MergeReport: ...
+) -> MergeReport | GgufReport: ...
+@overload
+def convert(
+    source: _Path,
+    dest: _Path,
+    to: Literal["gguf"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> GgufReport: ...
 def convert(
     source: _Path,
     dest: _Path,
@@ -125,7 +151,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> Report | LoraReport | MergeReport:
+) -> AnyReport:
     """Convert `source` into the new folder `dest`, streaming. What is interrupted is continued by the same call.
 
     to="pissa" splits the linear weights of a model folder into residual and principal adapter (PiSSA, arXiv
@@ -179,6 +205,10 @@ def convert(
     work = plan_request(source, dest, to, options, RunOptions(threads, max_memory), backend)
     if isinstance(work, LoraPlan):
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
+    if isinstance(work, GgufAdapterPlan):
+        return run_gguf_adapter(work, overwrite=overwrite, progress=progress)
+    if isinstance(work, GgufPlan):
+        return run_gguf(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):
         return run_merge(work, overwrite=overwrite, progress=progress)
     return run(work, backend, overwrite=overwrite, progress=progress)
@@ -190,6 +220,8 @@ def verify(
     *,
     init: _Path | None = None,
     adapter: _Path | None = None,
+    base_gguf: _Path | None = None,
+    base: _Path | None = None,
     threads: int | None = None,
     progress: verification.Progress | None = None,
 ) -> verification.Verification:
@@ -201,10 +233,11 @@ def verify(
     records, and so must the rounding of every merged weight. Memory does not grow with the model.
 
     Args:
-        dest: the folder that `convert` made; nothing is written to it.
+        dest: the folder or file that `convert` made; nothing is written to it.
         source: the folder of the original model, or for a LoRA of the trained adapter.
         init: for a LoRA with `source`, the initial adapter, as `convert` took it.
         adapter: for a merged model with `source`, the adapter.
+        base_gguf, base: for a result of to="gguf" with `source`, what it was made with.
         threads: files that are read at once, at most; by default as many as CPUs, up to four.
         progress: called as `progress(bytes_done, bytes_in_all)`, from worker threads, one call at a time.
 
@@ -212,5 +245,5 @@ def verify(
         RequestError: there is no finished conversion in `dest`, or `source` is no folder.
         DamageError: something differs; its `findings` name every file and tensor that does.
     """
-    origins = Origins(*(None if path is None else Path(path) for path in (source, init, adapter)))
+    origins = Origins(*(None if path is None else Path(path) for path in (source, init, adapter, base_gguf, base)))
     return verification.verify(Path(dest), origins, threads=threads or usable_cpus(), progress=progress)

@@ -102,6 +102,11 @@ class Plan:
         return sum(shard.source.size for shard in self.shards)
 
     @property
+    def alone(self) -> None:
+        """The folder is the result."""
+        return
+
+    @property
     def head(self) -> dict[str, Any]:
         """What the manifest says of the conversion as a whole; with the sources' bytes it decides every output byte."""
         return manifest_head(self.to, self.backend, self.options.as_json())

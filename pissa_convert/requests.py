@@ -11,6 +11,9 @@ from typing import Any
 from pissa_convert.engine.base_check import check_base
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import open_adapter
+from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+from pissa_convert.gguf_plan import GgufPlan
+from pissa_convert.gguf_requests import plan_merged_gguf, plan_split_gguf, plan_to_gguf
 from pissa_convert.init_planning import derived_init, stored_init
 from pissa_convert.linalg import Backend
 from pissa_convert.lora_plan import LoraPlan
@@ -20,12 +23,14 @@ from pissa_convert.merge_planning import plan_merge
 from pissa_convert.options import RunOptions, lora_options, merge_options, split_options
 from pissa_convert.planning import Plan, make_plan
 
+AnyPlan = Plan | LoraPlan | MergePlan | GgufAdapterPlan | GgufPlan
+
 _Path = str | os.PathLike[str]
 
 
 def plan_request(
     source: _Path, dest: _Path, to: str, options: dict[str, Any], run_options: RunOptions, backend: Backend
-) -> Plan | LoraPlan | MergePlan:
+) -> AnyPlan:
     """Plan a conversion.
 
     Args:
@@ -34,12 +39,16 @@ def plan_request(
     Raises:
         RequestError: the request is wrong in itself or does not fit the files.
     """
+    if to == "pissa" and Path(source).is_file():
+        return plan_split_gguf(source, dest, options, run_options, backend)
     if to == "pissa":
         _check_options(to, options, split_options)
         return make_plan(source, dest, to, split_options(**options), run_options, backend)
     if to == "lora":
         _check_options(to, options, lora_options, _INIT)
         return _plan_lora(Path(source), dest, options, run_options, backend)
+    if to == "merged" and Path(source).is_file():
+        return plan_merged_gguf(source, dest, options, run_options, backend.threads)
     if to == "merged":
         _check_options(to, options, merge_options, ("adapter",))
         adapter = options.pop("adapter", None)
@@ -47,7 +56,9 @@ def plan_request(
             raise RequestError("--to merged needs what to add to the model", fix="give --adapter")
         chosen = merge_options(**options)
         return check_base(plan_merge(source, adapter, dest, chosen, run_options, backend.threads))
-    raise RequestError("--to is unknown", expected="pissa, lora or merged", found=to)
+    if to == "gguf":
+        return plan_to_gguf(source, dest, options, run_options, backend.threads)
+    raise RequestError("--to is unknown", expected="pissa, lora, merged or gguf", found=to)
 
 
 _INIT = ("init", "base", "seed", "passes", "adapter_dtype")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo
@@ -151,6 +152,26 @@ class Split:
 Step = Copy | Change
 
 
+class SourceFile(Protocol):
+    """A file of tensors, of whichever format."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    @property
+    def header(self) -> bytes:
+        """Its first bytes, up to the first tensor."""
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """In the order of their bytes."""
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """One output shard: its header, then its steps in the order of their bytes, without gaps.
@@ -163,7 +184,7 @@ class ShardPlan:
         renamed: the output's name where it is not the source's.
     """
 
-    source: SafetensorsFile
+    source: SourceFile
     header: bytes
     size: int
     steps: tuple[Step, ...]

@@ -28,7 +28,7 @@ from pissa_convert.engine.recovery import recover, reopen
 from pissa_convert.engine.work import ModelPlan, Shard, Transform
 from pissa_convert.engine.writer import Sink, StepDone
 from pissa_convert.errors import ConversionError
-from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, read_manifest
+from pissa_convert.formats.manifest import FileRecord, manifest_name, read_manifest
 from pissa_convert.linalg import Backend
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
 from pissa_convert.planning import Plan
@@ -110,11 +110,11 @@ def carry_out(
         plan.dest.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(error, plan.dest) from error
-    with Journal(plan.dest) as journal:
+    with Journal(plan.dest, plan.alone) as journal:
         state = destination.begin(plan, journal, overwrite)
         if state is State.COMPLETE:
             try:
-                tensors = destination.verify_complete(plan.dest, plan.head, plan.sources)
+                tensors = destination.verify_complete(plan, plan.head, plan.sources)
             finally:
                 journal.remove()
         else:
@@ -180,9 +180,10 @@ def _convert(
         done.outputs[name] = _copy_file(plan, name, done.sources[name])
     for name, text in plan.last_texts.items():
         done.outputs[name] = _write_text(plan.dest / name, text)
-    write_file(plan.dest / MANIFEST_NAME, plan.manifest(done.sources, done.outputs, done.stats))
+    manifest = plan.dest / manifest_name(plan.alone)
+    write_file(manifest, plan.manifest(done.sources, done.outputs, done.stats))
     journal.remove()
-    return read_manifest(plan.dest / MANIFEST_NAME).tensors
+    return read_manifest(manifest).tensors
 
 
 @contextmanager
