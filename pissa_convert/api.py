@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 from pissa_convert.engine import verify as verification
 from pissa_convert.engine.lora import run_lora
 from pissa_convert.engine.merge import run_merge
+from pissa_convert.engine.quantise import run_quantised
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
 from pissa_convert.linalg.native import NativeBackend, usable_cpus
@@ -17,7 +18,8 @@ from pissa_convert.matrix import Split, split
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.options import RunOptions
 from pissa_convert.planning import Plan
-from pissa_convert.report import LoraReport, MergeReport, Report
+from pissa_convert.quant_plan import QuantPlan
+from pissa_convert.report import LoraReport, MergeReport, QuantReport, Report
 from pissa_convert.requests import plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
@@ -35,6 +37,16 @@ def plan(
     max_memory: int | None = None,
     **options: Any,
 ) -> Plan: ...
+@overload
+def plan(
+    source: _Path,
+    dest: _Path,
+    to: Literal["qpissa"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    **options: Any,
+) -> QuantPlan: ...
 @overload
 def plan(
     source: _Path,
@@ -63,7 +75,7 @@ def plan(
     threads: int | None = None,
     max_memory: int | None = None,
     **options: Any,
-) -> Plan | LoraPlan | MergePlan:
+) -> Plan | QuantPlan | LoraPlan | MergePlan:
     """Say what `convert` would do, from headers alone. Writes nothing.
 
     The arguments are those of `convert`.
@@ -91,6 +103,18 @@ def convert(
     progress: ProgressCallback | None = None,
     **options: Any,
 ) -> Report: ...
+@overload
+def convert(
+    source: _Path,
+    dest: _Path,
+    to: Literal["qpissa"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> QuantReport: ...
 @overload
 def convert(
     source: _Path,
@@ -125,7 +149,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> Report | LoraReport | MergeReport:
+) -> Report | QuantReport | LoraReport | MergeReport:
     """Convert `source` into the new folder `dest`, streaming. What is interrupted is continued by the same call.
 
     to="pissa" splits the linear weights of a model folder into residual and principal adapter (PiSSA, arXiv
@@ -142,6 +166,17 @@ def convert(
         adapter_dtype: "float32", "bfloat16" or "float16".
         passes: passes over each weight, or "auto": until the estimated loss of captured energy is small.
         seed: of the random start; with the tensor's name it decides all randomness.
+
+    to="qpissa" quantises the linear weights of a model folder to 4 bits as bitsandbytes does, after an adapter has
+    taken their principal part: W ≈ Q + s·B·A. `dest` loads with transformers as a 4-bit model, and
+    `dest/pissa_init/` onto it with PEFT. Options: those of "pissa", and
+
+        iterations: quantisations of each weight at most (5); after each, A and B are fitted to it again.
+        quant: "nf4" or "fp4".
+        double_quant: store the blocks' largest magnitudes in 8 bits (True).
+        compute_dtype: "bfloat16", "float16" or "float32", what bitsandbytes multiplies in.
+        quantize_only_targets: leave the linear weights without an adapter as they are.
+        compare_loftq: report what LoftQ's order would have reached.
 
     to="lora" makes an ordinary LoRA for the original model from the adapter folder `source`, after training, and what
     it was before: ΔW = s′·B′·A′ − s·B·A, without the model, and without forming ΔW. Options:
@@ -177,6 +212,8 @@ def convert(
     """
     backend = NativeBackend(threads)
     work = plan_request(source, dest, to, options, RunOptions(threads, max_memory), backend)
+    if isinstance(work, QuantPlan):
+        return run_quantised(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, LoraPlan):
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):

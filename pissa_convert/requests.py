@@ -17,15 +17,17 @@ from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.lora_planning import plan_lora
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.merge_planning import plan_merge
-from pissa_convert.options import RunOptions, lora_options, merge_options, split_options
+from pissa_convert.options import QUANT_OPTIONS, RunOptions, lora_options, merge_options, quant_options, split_options
 from pissa_convert.planning import Plan, make_plan
+from pissa_convert.quant_plan import QuantPlan
+from pissa_convert.quant_planning import plan_quantised
 
 _Path = str | os.PathLike[str]
 
 
 def plan_request(
     source: _Path, dest: _Path, to: str, options: dict[str, Any], run_options: RunOptions, backend: Backend
-) -> Plan | LoraPlan | MergePlan:
+) -> Plan | QuantPlan | LoraPlan | MergePlan:
     """Plan a conversion.
 
     Args:
@@ -47,7 +49,10 @@ def plan_request(
             raise RequestError("--to merged needs what to add to the model", fix="give --adapter")
         chosen = merge_options(**options)
         return check_base(plan_merge(source, adapter, dest, chosen, run_options, backend.threads))
-    raise RequestError("--to is unknown", expected="pissa, lora or merged", found=to)
+    if to == "qpissa":
+        _check_options(to, options, split_options, QUANT_OPTIONS)
+        return plan_quantised(source, dest, quant_options(**options), run_options, backend)
+    raise RequestError("--to is unknown", expected="pissa, qpissa, lora or merged", found=to)
 
 
 _INIT = ("init", "base", "seed", "passes", "adapter_dtype")
