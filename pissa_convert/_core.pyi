@@ -39,6 +39,38 @@ class Splitter:
         passes: int,
         key: int,
     ) -> SplitResult: ...
+    def quantise(
+        self,
+        values: memoryview,
+        dtype: str,
+        code: str,
+        packed: memoryview,
+        absmax: memoryview,
+        nested_codes: memoryview,
+        nested_absmax: memoryview,
+    ) -> float: ...
+    def norm(self, values: memoryview, dtype: str) -> float: ...
+    def nuclear_norm(self, values: memoryview, rows: int, cols: int, dtype: str) -> float: ...
+    def dequantise(self, out: memoryview, dtype: str, code: str, packed: memoryview, absmax: memoryview) -> None: ...
+    def subtract_stored(
+        self,
+        weight: memoryview,
+        out: memoryview,
+        dtype: str,
+        code: str,
+        packed: memoryview,
+        absmax: memoryview,
+    ) -> None: ...
+    def relax_towards(
+        self,
+        target: memoryview,
+        difference: memoryview,
+        relaxation: float,
+        dtype: str,
+        code: str,
+        packed: memoryview,
+        absmax: memoryview,
+    ) -> None: ...
 
 class Sha256:
     def __init__(self) -> None: ...
@@ -50,4 +82,6 @@ class Sha256:
 
 def update_both(first: Sha256, a: memoryview, second: Sha256, b: memoryview) -> None: ...
 def workspace_bytes(rows: int, cols: int, dtype: str, rank: int, passes: int, threads: int) -> int: ...
+def code_values(code: str) -> list[float]: ...
+def dynamic_map() -> list[float]: ...
 def kernels() -> list[str]: ...

@@ -11,6 +11,7 @@ from pissa_convert.engine.gguf import run_gguf
 from pissa_convert.engine.gguf_adapter import run_gguf_adapter
 from pissa_convert.engine.lora import run_lora
 from pissa_convert.engine.merge import run_merge
+from pissa_convert.engine.quantise import run_quantised
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
 from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
@@ -21,7 +22,8 @@ from pissa_convert.matrix import Split, split
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.options import RunOptions
 from pissa_convert.planning import Plan
-from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, Report
+from pissa_convert.quant_plan import QuantPlan
+from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, QuantReport, Report
 from pissa_convert.requests import AnyPlan, plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
@@ -39,6 +41,16 @@ def plan(
     max_memory: int | None = None,
     **options: Any,
 ) -> Plan | GgufPlan: ...
+@overload
+def plan(
+    source: _Path,
+    dest: _Path,
+    to: Literal["qpissa"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    **options: Any,
+) -> QuantPlan: ...
 @overload
 def plan(
     source: _Path,
@@ -109,6 +121,18 @@ def convert(
 def convert(
     source: _Path,
     dest: _Path,
+    to: Literal["qpissa"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> QuantReport: ...
+@overload
+def convert(
+    source: _Path,
+    dest: _Path,
     to: Literal["lora"],
     *,
     threads: int | None = None,
@@ -169,6 +193,17 @@ def convert(
         passes: passes over each weight, or "auto": until the estimated loss of captured energy is small.
         seed: of the random start; with the tensor's name it decides all randomness.
 
+    to="qpissa" quantises the linear weights of a model folder to 4 bits as bitsandbytes does, after an adapter has
+    taken their principal part: W ≈ Q + s·B·A. `dest` loads with transformers as a 4-bit model, and
+    `dest/pissa_init/` onto it with PEFT. Options: those of "pissa", and
+
+        iterations: quantisations of each weight at most (5); after each, A and B are fitted to it again.
+        quant: "nf4" or "fp4".
+        double_quant: store the blocks' largest magnitudes in 8 bits (True).
+        compute_dtype: "bfloat16", "float16" or "float32", what bitsandbytes multiplies in.
+        quantize_only_targets: leave the linear weights without an adapter as they are.
+        compare_loftq: report what LoftQ's order would have reached.
+
     to="lora" makes an ordinary LoRA for the original model from the adapter folder `source`, after training, and what
     it was before: ΔW = s′·B′·A′ − s·B·A, without the model, and without forming ΔW. Options:
 
@@ -203,6 +238,8 @@ def convert(
     """
     backend = NativeBackend(threads)
     work = plan_request(source, dest, to, options, RunOptions(threads, max_memory), backend)
+    if isinstance(work, QuantPlan):
+        return run_quantised(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, LoraPlan):
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, GgufAdapterPlan):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE_UNITS |= {f"{unit}i": 1024 ** (power + 1) for power, unit in enumerate("KMGT")}
 
-TARGETS = ("pissa", "lora", "merged", "gguf")
+TARGETS = ("pissa", "qpissa", "lora", "merged", "gguf")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         help="with --verify: compare with what was converted; a LoRA needs --init too, a merged model --adapter",
     )
     _add_splitting(parser.add_argument_group("for --to pissa: a model becomes residual and adapter"))
+    _add_quantising(
+        parser.add_argument_group(
+            "for --to qpissa: a model becomes a 4-bit base and its adapter", "also the options of --to pissa"
+        )
+    )
     _add_lora(
         parser.add_argument_group(
             "for --to lora: a trained adapter becomes a LoRA for the original model",
@@ -122,6 +127,26 @@ def _add_splitting(group: argparse._ArgumentGroup) -> None:
         help="passes over each weight; auto (default) stops at 0.1%% of error",
     )
     group.add_argument("--seed", type=int, metavar="N", help="of all randomness (default 0)")
+
+
+def _add_quantising(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--iterations",
+        type=int,
+        metavar="T",
+        help="quantisations of each weight at most, each with a refit (default 5)",
+    )
+    group.add_argument("--quant", metavar="CODE", help="nf4 (default) or fp4")
+    group.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        help="store the statistics of the blocks in 8 bits (default)",
+    )
+    group.add_argument("--compute-dtype", metavar="DTYPE", help="bfloat16 (default), float16 or float32")
+    group.add_argument(
+        "--quantize-only-targets", action="store_true", help="leave linear layers without an adapter as they are"
+    )
+    group.add_argument("--compare-loftq", action="store_true", help="report what LoftQ's order would have reached")
 
 
 def _add_lora(group: argparse._ArgumentGroup) -> None:

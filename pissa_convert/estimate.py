@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pissa_convert.linalg import SplitSpec
+from pissa_convert.linalg import FourBitSpec, SplitSpec
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.planning import Plan
+from pissa_convert.quant_plan import QuantPlan
 from pissa_convert.transforms.delta import Product, decompose
 from pissa_convert.transforms.merge import Addition, merge_rows
+from pissa_convert.transforms.quantise import QuantiseLane
 
 _SIZE = 1024
 
@@ -37,15 +41,30 @@ def estimate_seconds(plan: Plan, threads: int | None = None) -> float:
     return total
 
 
+def estimate_quant_seconds(plan: QuantPlan) -> float:
+    """Seconds of computing: one small weight is quantised as the plan says, and scaled by the weights' sizes."""
+    options = plan.options
+    rank = min(options.split.rank, _SIZE)
+    lane = QuantiseLane(NativeBackend(1), options.iterations, options.compare_loftq)
+    seconds: dict[tuple[str, bool], float] = {}
+    total = 0.0
+    for step in plan.weights:
+        form, adapted = step.treatment.format, step.treatment.split is not None
+        kind = form.dtype, adapted
+        if kind not in seconds:
+            seconds[kind] = _fastest(partial(_quantise_one, lane, form, rank if adapted else 0)) / _SIZE**2
+        total += seconds[kind] * form.rows * form.cols
+    return total / plan.memory.widths.threads
+
+
+def _quantise_one(lane: QuantiseLane, like: FourBitSpec, rank: int) -> None:
+    form = replace(like, rows=_SIZE, cols=_SIZE)
+    split = SplitSpec(_SIZE, _SIZE, form.dtype, rank, 1.0, "F32", False, None, 0) if rank else None
+    lane.quantise(memoryview(_matrix(form.dtype).tobytes()), form, split)
+
+
 def _time_one(backend: NativeBackend, dtype: str, rank: int) -> float:
-    generator = np.random.default_rng(0)
-    matrix = generator.standard_normal((_SIZE, _SIZE), np.float32)
-    matrix *= np.linspace(4, 1, _SIZE, dtype=np.float32) ** 2
-    raw: np.ndarray[Any, np.dtype[Any]] = matrix
-    if dtype == "F16":
-        raw = matrix.astype(np.float16)
-    elif dtype == "BF16":
-        raw = (matrix.view(np.uint32) >> 16).astype(np.uint16)
+    raw = _matrix(dtype)
     spec = SplitSpec(_SIZE, _SIZE, dtype, rank, 1.0, "F32", False, None, 0)
     a, b = bytearray(4 * rank * _SIZE), bytearray(4 * rank * _SIZE)
     seconds = []
@@ -55,6 +74,18 @@ def _time_one(backend: NativeBackend, dtype: str, rank: int) -> float:
         backend.split(work, memoryview(a), memoryview(b), spec)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
+
+
+def _matrix(dtype: str) -> np.ndarray[Any, np.dtype[Any]]:
+    generator = np.random.default_rng(0)
+    matrix = generator.standard_normal((_SIZE, _SIZE), np.float32)
+    matrix *= np.linspace(4, 1, _SIZE, dtype=np.float32) ** 2
+    raw: np.ndarray[Any, np.dtype[Any]] = matrix
+    if dtype == "F16":
+        raw = matrix.astype(np.float16)
+    elif dtype == "BF16":
+        raw = (matrix.view(np.uint32) >> 16).astype(np.uint16)
+    return raw
 
 
 def estimate_lora_seconds(plan: LoraPlan) -> float:

@@ -20,10 +20,12 @@ from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.lora_planning import plan_lora
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.merge_planning import plan_merge
-from pissa_convert.options import RunOptions, lora_options, merge_options, split_options
+from pissa_convert.options import QUANT_OPTIONS, RunOptions, lora_options, merge_options, quant_options, split_options
 from pissa_convert.planning import Plan, make_plan
+from pissa_convert.quant_plan import QuantPlan
+from pissa_convert.quant_planning import plan_quantised
 
-AnyPlan = Plan | LoraPlan | MergePlan | GgufAdapterPlan | GgufPlan
+AnyPlan = Plan | QuantPlan | LoraPlan | MergePlan | GgufAdapterPlan | GgufPlan
 
 _Path = str | os.PathLike[str]
 
@@ -56,9 +58,12 @@ def plan_request(
             raise RequestError("--to merged needs what to add to the model", fix="give --adapter")
         chosen = merge_options(**options)
         return check_base(plan_merge(source, adapter, dest, chosen, run_options, backend.threads))
+    if to == "qpissa":
+        _check_options(to, options, split_options, QUANT_OPTIONS)
+        return plan_quantised(source, dest, quant_options(**options), run_options, backend)
     if to == "gguf":
         return plan_to_gguf(source, dest, options, run_options, backend.threads)
-    raise RequestError("--to is unknown", expected="pissa, lora, merged or gguf", found=to)
+    raise RequestError("--to is unknown", expected="pissa, qpissa, lora, merged or gguf", found=to)
 
 
 _INIT = ("init", "base", "seed", "passes", "adapter_dtype")
