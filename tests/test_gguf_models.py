@@ -217,11 +217,19 @@ NAMES = {
 }
 
 
-def small_gguf(model: dict[str, torch.Tensor], path: Path, kind: str = "F16", skip: str = "nothing") -> Path:
+def small_gguf(
+    model: dict[str, torch.Tensor],
+    path: Path,
+    kind: str = "F16",
+    skip: str = "nothing",
+    architecture: str = "llama",
+    is_permuted: bool = True,
+    norms: float = 0.0,
+) -> Path:
     """A llama's GGUF, written with the gguf package and the names above."""
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_block_count(3)
     writer.add_head_count(4)
@@ -233,8 +241,10 @@ def small_gguf(model: dict[str, torch.Tensor], path: Path, kind: str = "F16", sk
         else:
             _, _, number, module = name.removesuffix(".weight").split(".", 3)
             named = f"blk.{number}.{NAMES[module]}"
-            if module.endswith(("q_proj", "k_proj")):
+            if module.endswith(("q_proj", "k_proj")) and is_permuted:
                 values = permuted(values, 4 if "q_" in module else 2)
+        if named.endswith("norm"):
+            values = values + np.float32(norms)
         if skip != named:
             add(writer, f"{named}.weight", values, kind if values.ndim > 1 else "F32")
     add(writer, "rope_freqs.weight", np.ones(8), "F32")
@@ -428,6 +438,24 @@ def test_a_template_of_another_model_is_refused_by_name(
     model = changed(small, tmp_path / "changed", change)
     with pytest.raises(RequestError, match=said):
         plan(model, tmp_path / "out.gguf", "gguf", base_gguf=template)
+
+
+@pytest.mark.parametrize("is_permuted", [True, False])
+@pytest.mark.parametrize("norms", [0.0, 1.0])
+def test_the_order_of_an_architecture_that_is_not_known_is_what_the_templates_values_show(
+    is_permuted: bool, norms: float, small: Path, tmp_path: Path
+) -> None:
+    tensors = load_all(small)
+    other: dict[str, Any] = {"architecture": "xverse", "is_permuted": is_permuted, "norms": norms}
+    template = small_gguf(tensors, tmp_path / "t.gguf", "Q4_0", **other)
+    convert(small, tmp_path / "out.gguf", "gguf", base_gguf=template, outtype="f32")
+    found, expected = (
+        values_of(tmp_path / "out.gguf"),
+        values_of(small_gguf(tensors, tmp_path / "e.gguf", "F32", **other)),
+    )
+    assert all((found[name] == expected[name]).all() for name in expected)
+    with pytest.raises(RequestError, match="how this architecture orders the rows"):
+        plan(random_lora(small, tmp_path / "lora"), tmp_path / "a.gguf", "gguf", base_gguf=template)
 
 
 def test_a_template_whose_head_is_tied_is_no_template_of_a_model_whose_head_is_not(small: Path, tmp_path: Path) -> None:
