@@ -222,9 +222,22 @@ def convert(
         adapter: the adapter folder: a LoRA for the original model, or a trained PiSSA adapter for its residual.
         dtype: "float32", "bfloat16" or "float16" for every floating-point tensor; by default each keeps its own.
 
+    to="gguf" makes one file for llama.cpp, `dest`, of an adapter folder or a model folder. Options:
+
+        base_gguf: a GGUF of the base model, of any type. An adapter is placed by its header; a model gets its keys,
+            its tokenizer and its order, once names, shapes and values have shown that both are the same model.
+        outtype: of an adapter "f16", "f32", "bf16" or "q8_0"; of a model "template", "f32", "f16", "bf16", "q8_0",
+            "q5_0", "q5_1", "q4_0", "q4_1", and with libggml-python "q2_k" to "q6_k".
+        base: of an adapter, the base model's folder instead, for its config.json alone.
+        init, rank, tolerance, uniform_rank: of a trained PiSSA adapter, as for "lora": ΔW is made on the way.
+
+    Where `source` is a GGUF, to="merged" (adapter, outtype) makes the GGUF `dest`, and to="pissa" (the options of a
+    split, outtype) the folder `dest` with the GGUFs of the residual and of the principal adapter; outtype "same" is
+    each tensor's own. Its target_modules are names such as "attn_q" or "blk.0.ffn_down".
+
     Args:
-        source: the folder to read; never written to.
-        dest: the folder to make; must be empty, absent, or hold an interrupted run of the same conversion.
+        source: the folder or GGUF to read; never written to.
+        dest: what to make; must be absent, an empty folder, or an interrupted run of the same conversion.
         to: the target.
         threads: compute threads; by default every CPU this process may use. The result does not depend on it.
         max_memory: bytes of resident memory to stay under.

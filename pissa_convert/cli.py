@@ -51,8 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         "       %(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER | --base-gguf BASE]]",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder of a model, or of a trained adapter; never written to")
-    parser.add_argument("dest", metavar="DEST", help="folder to make")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder of a model or a trained adapter, or a GGUF; never written to"
+    )
+    parser.add_argument("dest", metavar="DEST", help="folder to make, or GGUF")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to make")
     _add_common(parser.add_argument_group("for every target"))
@@ -79,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_merging(parser.add_argument_group("for --to merged: an adapter is added to a model", "also --dtype"))
     _add_gguf(
         parser.add_argument_group(
-            "for --to gguf: an adapter becomes a file for llama.cpp",
-            "also --init, with --rank, --tolerance, --uniform-rank; --base MODEL, without a GGUF of it",
+            "for --to gguf: an adapter or a model becomes a file for llama.cpp, DEST.gguf",
+            "an adapter: also --init, with --rank, --tolerance and --uniform-rank, and --base for the base's config "
+            "alone; where SOURCE is a GGUF, --to merged and --to pissa take --outtype too",
         )
     )
     return parser
@@ -93,8 +96,17 @@ def _add_merging(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_gguf(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--base-gguf", metavar="BASE", help="a GGUF of the base model, of any type")
-    group.add_argument("--outtype", metavar="T", help="f16 (default), f32, bf16 or q8_0, of an adapter")
+    group.add_argument(
+        "--base-gguf",
+        metavar="BASE",
+        help="a GGUF of the base model, of any type; for a model the template of its keys and tokenizer",
+    )
+    group.add_argument(
+        "--outtype",
+        metavar="T",
+        help="an adapter: f16 (default), f32, bf16, q8_0; a model: template (default; for a GGUF same), f32, f16, "
+        "bf16, q8_0, q5_0, q5_1, q4_0, q4_1, q2_k to q6_k",
+    )
 
 
 def _add_common(group: argparse._ArgumentGroup) -> None:

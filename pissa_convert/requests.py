@@ -13,7 +13,7 @@ from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import open_adapter
 from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
 from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_requests import plan_merged_gguf, plan_split_gguf, plan_to_gguf
+from pissa_convert.gguf_requests import is_gguf, plan_merged_gguf, plan_split_gguf, plan_to_gguf
 from pissa_convert.init_planning import derived_init, stored_init
 from pissa_convert.linalg import Backend
 from pissa_convert.lora_plan import LoraPlan
@@ -41,7 +41,7 @@ def plan_request(
     Raises:
         RequestError: the request is wrong in itself or does not fit the files.
     """
-    if to == "pissa" and Path(source).is_file():
+    if to == "pissa" and is_gguf(source):
         return plan_split_gguf(source, dest, options, run_options, backend)
     if to == "pissa":
         _check_options(to, options, split_options)
@@ -49,7 +49,7 @@ def plan_request(
     if to == "lora":
         _check_options(to, options, lora_options, _INIT)
         return _plan_lora(Path(source), dest, options, run_options, backend)
-    if to == "merged" and Path(source).is_file():
+    if to == "merged" and is_gguf(source):
         return plan_merged_gguf(source, dest, options, run_options, backend.threads)
     if to == "merged":
         _check_options(to, options, merge_options, ("adapter",))

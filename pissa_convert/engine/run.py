@@ -28,6 +28,7 @@ from pissa_convert.engine.recovery import recover, reopen
 from pissa_convert.engine.work import ModelPlan, Shard, Transform
 from pissa_convert.engine.writer import Sink, StepDone
 from pissa_convert.errors import ConversionError
+from pissa_convert.fingerprint import identity
 from pissa_convert.formats.manifest import FileRecord, manifest_name, read_manifest
 from pissa_convert.linalg import Backend
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
@@ -173,7 +174,7 @@ def _convert(
             done.outputs[plan.beside.name] = _commit_beside(plan, beside, done.side)
     for name, path in plan.sources.items():
         if name not in done.sources:
-            done.sources[name] = hash_file(path)
+            done.sources[name] = _hash_unchanged(plan, name, path)
     for name, text in plan.texts.items():
         done.outputs[name] = _write_text(plan.dest / name, text)
     for name in plan.copies:
@@ -196,6 +197,16 @@ def _open_beside(plan: ModelPlan) -> Iterator[PartialFile | None]:
     with PartialFile(path, plan.beside.size) as file:
         file.write(plan.beside.header, 0)
         yield file
+
+
+def _hash_unchanged(plan: ModelPlan, name: str, path: Path) -> FileRecord:
+    """The record of a file that lanes read by position: what they read is what is hashed now."""
+    record = hash_file(path)
+    if identity(path) != list(plan.fingerprint[f"source file {name}"]):
+        raise ConversionError(
+            "the file has changed during the work", file=path, fix="restore it, or start over with --overwrite"
+        )
+    return record
 
 
 def _check_recorded(plan: ModelPlan, path: Path, found: FileRecord) -> None:
