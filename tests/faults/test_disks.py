@@ -15,7 +15,8 @@ import pytest
 from checkpoints import digests, llm_like, write_model
 
 from pissa_convert import convert
-from pissa_convert.engine.files import PartialFile
+from pissa_convert.engine import files
+from pissa_convert.engine.files import PartialFile, write_file
 from pissa_convert.errors import ConversionError, RequestError
 
 LARGE = {f"model.layers.{n}.mlp.up_proj.weight": llm_like(700, 500, n) for n in range(2)}
@@ -118,6 +119,44 @@ def test_a_file_system_without_direct_writes_gets_the_same_bytes(
     convert(source, tmp_path / "cached", rank=4)
     assert refused[0] > 0
     assert digests(tmp_path / "cached") == digests(tmp_path / "direct")
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a file lies in the page cache, in whole pages."""
+    page, found = 4096, 0
+    with path.open("rb", buffering=0) as file:
+        for at in range(0, path.stat().st_size, page):
+            with suppress(BlockingIOError):
+                found += page * bool(os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT))
+    return found
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_what_is_written_does_not_fill_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_direct: bool
+) -> None:
+    probe = tmp_path / "probe"
+    write_file(probe, bytes(1 << 20))
+    if cached_bytes(probe):
+        pytest.skip("this file system keeps its files in memory")
+    source = write_model(tmp_path / "in", LARGE, 2)
+    window = 256 << 10
+    monkeypatch.setattr(files, "_WINDOW", window)
+    if not is_direct:
+        monkeypatch.setattr(PartialFile, "_open_direct", lambda file: None)
+    before: dict[str, int] = {}
+    real = PartialFile.commit
+
+    def committing(file: PartialFile) -> None:
+        before[file.path.name] = cached_bytes(file.partial)
+        real(file)
+
+    monkeypatch.setattr(PartialFile, "commit", committing)
+    convert(source, tmp_path / "out", rank=4)
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        assert shard.stat().st_size > 4 * window
+        assert before[shard.name] <= window + 8192
+        assert cached_bytes(shard) == 0
 
 
 @pytest.mark.parametrize("at", [0, 300, -1])
