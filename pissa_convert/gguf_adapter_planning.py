@@ -24,7 +24,7 @@ _MAX_CONFIG = 16_000_000
 
 def target_of(base: BaseGguf) -> Target:
     """The model of a GGUF."""
-    return Target(layout_of(base), {tensor.name: tensor.shape for tensor in base.file.tensors}, base.file.path)
+    return Target(layout_of(base), {name: tensor.shape for name, tensor in base.tensors.items()}, base.file.path)
 
 
 def target_from(model: Path) -> Target:

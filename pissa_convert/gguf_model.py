@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,17 +22,24 @@ class BaseGguf:
     """A model's GGUF.
 
     Attributes:
-        file: its header.
+        file: its header, or that of its first part, which has the keys.
         architecture: llama.cpp's name for it.
+        more: headers of the other parts.
     """
 
     file: GgufFile
     architecture: str
+    more: tuple[GgufFile, ...] = ()
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """By name."""
-        return {tensor.name: tensor for tensor in self.file.tensors}
+        """By name, in the order of the parts and their bytes."""
+        return {tensor.name: tensor for part in (self.file, *self.more) for tensor in part.tensors}
+
+    @cached_property
+    def homes(self) -> dict[str, Path]:
+        """The part that each tensor is in."""
+        return {tensor.name: part.path for part in (self.file, *self.more) for tensor in part.tensors}
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A value of the architecture's own, such as "block_count"."""
@@ -75,36 +83,56 @@ class BaseGguf:
         return value
 
 
-def open_base(path: Path, role: str) -> BaseGguf:
+def open_base(path: Path, role: str, whole: bool = True) -> BaseGguf:
     """Read a model's header.
 
     Args:
         role: what the user calls the file, for messages ("--base-gguf", "SOURCE").
+        whole: it must be one file; otherwise it may be any of a model's parts, and all are read.
 
     Raises:
-        RequestError: it is an adapter, a part of a model, or not there.
+        RequestError: it is an adapter, a part of a model where that will not do, or not there.
         FormatError: it is malformed.
     """
     if not path.is_file():
         raise RequestError(f"{role} is not a file", file=path, fix="give a GGUF of the base model")
     file = read_gguf(path)
-    architecture = file.values.get("general.architecture")
-    if not isinstance(architecture, str):
-        raise FormatError("general.architecture is missing", file=path, fix="give a GGUF of the base model")
-    kind = file.values.get("general.type", "model")
+    count = file.values.get("split.count", 1)
+    if count in (0, 1):
+        return _base(file, (), role)
+    if whole:
+        fix = "join them first: llama-gguf-split --merge"
+        raise RequestError(f"{role} is one of several parts of a model", file=path, found=str(count)[:20], fix=fix)
+    first, *more = (read_gguf(part) for part in _parts(path, count))
+    return _base(first, tuple(more), role)
+
+
+def _base(file: GgufFile, more: tuple[GgufFile, ...], role: str) -> BaseGguf:
+    architecture, kind = (file.values.get(f"general.{key}", "model") for key in ("architecture", "type"))
     if kind != "model":
-        raise RequestError(f"{role} is no model", file=path, expected="general.type model", found=str(kind)[:40])
-    parts = file.values.get("split.count", 0)
-    if parts not in (0, 1):
-        raise RequestError(
-            f"{role} is one of {parts} parts of a model",
-            file=path,
-            fix="join them first: llama-gguf-split --merge",
-        )
-    base = BaseGguf(file, architecture)
-    if base.blocks > len(file.tensors):
-        raise FormatError("has fewer tensors than layers", file=path, expected=base.blocks, found=len(file.tensors))
+        raise RequestError(f"{role} is no model", file=file.path, expected="general.type model", found=str(kind)[:40])
+    if not isinstance(architecture, str) or "general.architecture" not in file.values:
+        raise FormatError("general.architecture is missing", file=file.path, fix="give a GGUF of the base model")
+    base = BaseGguf(file, architecture, more)
+    count = sum(len(part.tensors) for part in (file, *more))
+    if len(base.tensors) != count:
+        raise FormatError("two parts have a tensor of the same name", file=file.path, fix="download all parts again")
+    if base.blocks > count:
+        raise FormatError("has fewer tensors than layers", file=file.path, expected=base.blocks, found=count)
     return base
+
+
+def _parts(path: Path, count: object) -> list[Path]:
+    """Every part's file, as llama-gguf-split names them: NAME-00001-of-00003.gguf."""
+    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if match is None or type(count) is not int or int(match[3]) != count:
+        fix = "give the parts the names that llama-gguf-split gave them"
+        raise RequestError("is a part of a model, and not called like one", file=path, fix=fix)
+    paths = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, count + 1)]
+    for part in paths:
+        if not part.is_file():
+            raise RequestError("the part is missing", file=part, fix="download it")
+    return paths
 
 
 def config_value(config: Mapping[str, Any], *names: str) -> int | None:

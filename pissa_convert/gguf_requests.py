@@ -85,7 +85,7 @@ def _plan_adapter(
         raise RequestError("--to gguf needs the base model that an adapter is for", fix=fix)
     chosen = gguf_options(outtype=options.get("outtype"), known=ADAPTER_TYPES)
     adapter = open_adapter(root, "SOURCE")
-    base = open_base(Path(options["base_gguf"]), "--base-gguf") if "base_gguf" in options else None
+    base = open_base(Path(options["base_gguf"]), "--base-gguf", whole=False) if "base_gguf" in options else None
     target = target_from(Path(options["base"])) if base is None else target_of(base)
     lora = _plan_delta(adapter, dest, options, run, threads)
     plan = plan_gguf_adapter(adapter, target, dest, chosen, run, threads, lora)
