@@ -14,7 +14,7 @@ from typing import Any
 from pissa_convert.errors import RequestError
 from pissa_convert.gguf_model import BaseGguf, config_value
 
-PERMUTED = frozenset(("arcee", "granite", "llama", "minicpm", "olmo", "smollm3"))
+PERMUTED = frozenset(("arcee", "granite", "llama", "olmo", "smollm3"))
 """Architectures whose q and k are permuted."""
 
 # fmt: off
@@ -26,8 +26,8 @@ KEPT = frozenset((
 
 APPLIES_ADAPTERS = PERMUTED | KEPT | frozenset((
     "baichuan", "bloom", "chatglm", "codeshell", "deci", "dream", "exaone", "falcon", "gpt2", "gptneox", "granitemoe",
-    "internlm2", "jais", "llada", "mistral3", "mpt", "nemotron", "openelm", "orion", "phi2", "phimoe", "plamo", "qwen",
-    "qwen2vl", "qwen3vl", "qwen3vlmoe", "refact", "stablelm", "starcoder", "xverse",
+    "internlm2", "jais", "llada", "minicpm", "mistral3", "mpt", "nemotron", "openelm", "orion", "phi2", "phimoe",
+    "plamo", "qwen", "qwen2vl", "qwen3vl", "qwen3vlmoe", "refact", "stablelm", "starcoder", "xverse",
 ))
 # fmt: on
 """Architectures for which llama.cpp multiplies by every weight of a layer through the function that adds adapters."""
@@ -39,6 +39,8 @@ _BY_MODEL_TYPE = {
     "arcee": "arcee",
     "cohere": "command-r",
     "cohere2": "cohere2",
+    "ernie4_5": "ernie4_5",
+    "exaone4": "exaone4",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
