@@ -209,7 +209,10 @@ def make_plan(
         shards=shards,
         adapter=adapter,
         memory=plan_memory(
-            flights(shards), partial(_workspace, specs.values(), backend), backend.threads, run.max_memory
+            flights(shards),
+            partial(_workspace, specs.values(), backend),
+            backend.at_once(specs.values()),
+            run.max_memory,
         ),
         backend=backend.name,
     )
@@ -263,6 +266,7 @@ def split_spec(tensor: TensorInfo, decision: Decision, options: SplitOptions) ->
         fan_in_fan_out=decision.fan_in_fan_out,
         passes=options.passes,
         key=tensor_key(options.seed, tensor.name),
+        name=tensor.name,
     )
 
 
