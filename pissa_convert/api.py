@@ -11,14 +11,14 @@ from pissa_convert.engine.lora import run_lora
 from pissa_convert.engine.merge import run_merge
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
-from pissa_convert.linalg.native import NativeBackend, usable_cpus
+from pissa_convert.linalg.native import usable_cpus
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.matrix import Split, split
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.options import RunOptions
 from pissa_convert.planning import Plan
 from pissa_convert.report import LoraReport, MergeReport, Report
-from pissa_convert.requests import plan_request
+from pissa_convert.requests import choose_backend, plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
 
@@ -33,6 +33,8 @@ def plan(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     **options: Any,
 ) -> Plan: ...
 @overload
@@ -43,6 +45,8 @@ def plan(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     **options: Any,
 ) -> LoraPlan: ...
 @overload
@@ -53,6 +57,8 @@ def plan(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     **options: Any,
 ) -> MergePlan: ...
 def plan(
@@ -62,6 +68,8 @@ def plan(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     **options: Any,
 ) -> Plan | LoraPlan | MergePlan:
     """Say what `convert` would do, from headers alone. Writes nothing.
@@ -76,7 +84,8 @@ def plan(
         RequestError: the request is wrong in itself or does not fit the files; FormatError (a RequestError): a file
             is malformed.
     """
-    return plan_request(source, dest, to, options, RunOptions(threads, max_memory), NativeBackend(threads))
+    run_options = RunOptions(threads, max_memory, device=device, max_vram=max_vram)
+    return plan_request(source, dest, to, options, run_options, choose_backend(to, options, run_options))
 
 
 @overload
@@ -87,6 +96,8 @@ def convert(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -99,6 +110,8 @@ def convert(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -111,6 +124,8 @@ def convert(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -122,6 +137,8 @@ def convert(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -167,6 +184,9 @@ def convert(
         to: the target.
         threads: compute threads; by default every CPU this process may use. The result does not depend on it.
         max_memory: bytes of resident memory to stay under.
+        device: where weights are split: "cpu", "cuda" (every GPU of the first one's kind), "cuda:N", or "auto": CUDA
+            where there is a GPU. The CPU and each kind of GPU have bytes of their own, equal in accuracy.
+        max_vram: bytes of each GPU's memory to stay under; by default most of what is free.
         overwrite: replace an earlier conversion in `dest`.
         progress: called as `progress(bytes_done, bytes_in_all, timings)` from the calling thread.
 
@@ -175,8 +195,9 @@ def convert(
         WeightError: a weight or factor holds NaN or infinity, or a result overflows its dtype.
         ConversionError: reading or writing failed; the same call continues.
     """
-    backend = NativeBackend(threads)
-    work = plan_request(source, dest, to, options, RunOptions(threads, max_memory), backend)
+    run_options = RunOptions(threads, max_memory, device=device, max_vram=max_vram)
+    backend = choose_backend(to, options, run_options)
+    work = plan_request(source, dest, to, options, run_options, backend)
     if isinstance(work, LoraPlan):
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):

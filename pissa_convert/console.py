@@ -45,7 +45,7 @@ def _amount(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def print_plan(plan: Plan | LoraPlan | MergePlan) -> None:
+def print_plan(plan: Plan | LoraPlan | MergePlan, device: str) -> None:
     """The plan on stdout: it is what was asked for, so it can be piped."""
     from pissa_convert.lora_plan import LoraPlan
     from pissa_convert.merge_plan import MergePlan
@@ -55,7 +55,7 @@ def print_plan(plan: Plan | LoraPlan | MergePlan) -> None:
     elif isinstance(plan, MergePlan):
         _print_merge_plan(plan)
     else:
-        _print_split_plan(plan)
+        _print_split_plan(plan, device)
 
 
 def _print_lora_plan(plan: LoraPlan) -> None:
@@ -109,8 +109,9 @@ time       about {compute:.1f} s of computing, beside moving {_amount(moved)}"""
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def _print_split_plan(plan: Plan) -> None:
+def _print_split_plan(plan: Plan, device: str) -> None:
     from pissa_convert.estimate import estimate_seconds
+    from pissa_convert.linalg.select import select_backend
 
     width = max(len(decision.tensor) for decision in plan.decisions)
     for decision in plan.decisions:
@@ -119,7 +120,7 @@ def _print_split_plan(plan: Plan) -> None:
         print(f"{'skip':6} {skipped.path:{width}}  {skipped.reason}")
     split = list(plan.splits)
     split_bytes = sum(step.end - step.begin for step in split)
-    compute = estimate_seconds(plan)
+    compute = estimate_seconds(plan, select_backend(device))
     print(
         f"""
 split      {len(split)} of {len(plan.decisions)} tensors, {_amount(split_bytes)} of {_amount(plan.source_bytes)}

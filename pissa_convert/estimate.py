@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pissa_convert.linalg import SplitSpec
-from pissa_convert.linalg.native import NativeBackend
+from pissa_convert.linalg import Backend, SplitSpec
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.planning import Plan
@@ -20,12 +19,11 @@ from pissa_convert.transforms.merge import Addition, merge_rows
 _SIZE = 1024
 
 
-def estimate_seconds(plan: Plan, threads: int | None = None) -> float:
+def estimate_seconds(plan: Plan, backend: Backend) -> float:
     """Seconds of computing: one small split of the plan's rank and dtype is timed and scaled by the weights' sizes.
 
     The work of a split grows with its elements; shapes and spectra make it differ by a factor of about two.
     """
-    backend = NativeBackend(threads)
     rank = min(plan.options.rank, _SIZE)
     per_element: dict[str, float] = {}
     total = 0.0
@@ -37,7 +35,7 @@ def estimate_seconds(plan: Plan, threads: int | None = None) -> float:
     return total
 
 
-def _time_one(backend: NativeBackend, dtype: str, rank: int) -> float:
+def _time_one(backend: Backend, dtype: str, rank: int) -> float:
     generator = np.random.default_rng(0)
     matrix = generator.standard_normal((_SIZE, _SIZE), np.float32)
     matrix *= np.linspace(4, 1, _SIZE, dtype=np.float32) ** 2

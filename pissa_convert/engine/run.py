@@ -78,6 +78,7 @@ def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: Prog
         relative_error=max(entry["relative_error"] for entry in done.tensors.values()),
         estimated_deficit=max(entry["estimated_deficit"] for entry in done.tensors.values()),
         peak_memory=peak_resident_bytes(),
+        warnings=tuple(backend.warnings),
     )
 
 
