@@ -35,8 +35,8 @@ def test_help_answers_at_once() -> None:
         run = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, check=True)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.3
-    options = "rank alpha rslora target-modules exclude-modules adapter-dtype seed threads plan overwrite quiet device max-vram"
-    options += " init base tolerance uniform-rank dtype adapter verify source"
+    options = "rank alpha rslora target-modules exclude-modules adapter-dtype seed threads plan overwrite quiet"
+    options += " init base tolerance uniform-rank dtype adapter verify source device max-vram"
     for option in (f"--{name}" for name in options.split()):
         assert option in run.stdout
     for target in ("pissa", "lora", "merged"):
