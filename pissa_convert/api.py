@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from pissa_convert.cluster import connect
 from pissa_convert.engine import verify as verification
 from pissa_convert.engine.lora import run_lora
 from pissa_convert.engine.merge import run_merge
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
+from pissa_convert.engine.workers import InProcess, Workers
+from pissa_convert.errors import RequestError
 from pissa_convert.linalg.native import usable_cpus
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.matrix import Split, split
@@ -98,6 +101,7 @@ def convert(
     max_memory: int | None = None,
     device: str = "auto",
     max_vram: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -112,6 +116,7 @@ def convert(
     max_memory: int | None = None,
     device: str = "auto",
     max_vram: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -126,6 +131,7 @@ def convert(
     max_memory: int | None = None,
     device: str = "auto",
     max_vram: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -139,6 +145,7 @@ def convert(
     max_memory: int | None = None,
     device: str = "auto",
     max_vram: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -187,6 +194,8 @@ def convert(
         device: where weights are split: "cpu", "cuda" (every GPU of the first one's kind), "cuda:N", or "auto": CUDA
             where there is a GPU. The CPU and each kind of GPU have bytes of their own, equal in accuracy.
         max_vram: bytes of each GPU's memory to stay under; by default most of what is free.
+        ray: convert on the Ray cluster at this address, whose machines share the file system of `source` and `dest`,
+            or with "local" in tasks on this machine. Threads, memory and, with device "cuda", one GPU are each task's.
         overwrite: replace an earlier conversion in `dest`.
         progress: called as `progress(bytes_done, bytes_in_all, timings)` from the calling thread.
 
@@ -196,13 +205,25 @@ def convert(
         ConversionError: reading or writing failed; the same call continues.
     """
     run_options = RunOptions(threads, max_memory, device=device, max_vram=max_vram)
+    if ray is not None:
+        if to == "lora":
+            raise RequestError("--ray does not apply to --to lora: it walks no model", fix="leave it out")
+        with connect(ray, run_options) as cluster:
+            work = cluster.plan(Path(source), Path(dest), to, options)
+            return _carry_out(work, cluster, overwrite, progress)
     backend = choose_backend(to, options, run_options)
     work = plan_request(source, dest, to, options, run_options, backend)
     if isinstance(work, LoraPlan):
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
+    return _carry_out(work, InProcess(backend), overwrite, progress)
+
+
+def _carry_out(
+    work: Plan | MergePlan, workers: Workers, overwrite: bool, progress: ProgressCallback | None
+) -> Report | MergeReport:
     if isinstance(work, MergePlan):
-        return run_merge(work, overwrite=overwrite, progress=progress)
-    return run(work, backend, overwrite=overwrite, progress=progress)
+        return run_merge(work, workers, overwrite=overwrite, progress=progress)
+    return run(work, workers, overwrite=overwrite, progress=progress)
 
 
 def verify(

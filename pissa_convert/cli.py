@@ -89,6 +89,7 @@ def _add_common(group: argparse._ArgumentGroup) -> None:
         "--device", metavar="D", help="that splits: auto (default: a GPU if there is one), cpu, cuda, cuda:N"
     )
     group.add_argument("--max-vram", type=_size, metavar="SIZE", help="memory of each GPU to stay under")
+    group.add_argument("--ray", metavar="ADDRESS", help="work on a Ray cluster that shares the files, or local")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in DEST")
     group.add_argument("--quiet", action="store_true", help="no progress and no closing lines")
     group.add_argument("--log-json", metavar="FILE", help="write the run's report to FILE")
@@ -191,6 +192,8 @@ def _run(given: dict[str, Any]) -> None:
     from pissa_convert.console import ProgressBar, print_plan, print_report
 
     if only_plan:
+        if "ray" in given:
+            raise RequestError("--plan reads headers alone and needs no cluster", fix="leave --ray out")
         print_plan(api.plan(**given), given.get("device", "auto"))
         return
     progress = None if quiet or not sys.stderr.isatty() else ProgressBar()

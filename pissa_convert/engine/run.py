@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,22 +20,21 @@ from pissa_convert.engine import destination
 from pissa_convert.engine.destination import State
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
-from pissa_convert.engine.pipeline import run_pipeline
+from pissa_convert.engine.ledger import Ledger, ProgressCallback
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
-from pissa_convert.engine.recovery import recover, reopen, side_digest
-from pissa_convert.engine.work import ModelPlan, Shard, Transform
-from pissa_convert.engine.writer import Sink
+from pissa_convert.engine.recovery import recover, side_digest
+from pissa_convert.engine.work import ModelPlan, Transform
+from pissa_convert.engine.workers import MakeLanes, Workers, open_beside
 from pissa_convert.errors import ConversionError
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, read_manifest
 from pissa_convert.linalg import Backend
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
 from pissa_convert.planning import Plan
 from pissa_convert.report import Report, Timings
-from pissa_convert.steps import Copy, Stats
+from pissa_convert.steps import Copy
 from pissa_convert.transforms.split import split_step
 
-ProgressCallback = Callable[[int, int, Timings], None]
-"""Called with the bytes of source that are done, the bytes in all, and the stages' timings so far."""
+__all__ = ["Outcome", "ProgressCallback", "carry_out", "run", "split_lanes"]
 
 
 @dataclass(frozen=True)
@@ -54,20 +53,19 @@ class Outcome:
     timings: Timings
 
 
-def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: ProgressCallback | None = None) -> Report:
+def run(plan: Plan, workers: Workers, *, overwrite: bool = False, progress: ProgressCallback | None = None) -> Report:
     """Split a model as planned.
 
     Args:
         plan: what to do.
-        backend: does the splits, in as many lanes as the plan has; the one that was planned with.
+        workers: do the splits, with the backend that was planned with.
         overwrite: replace an earlier conversion in the destination.
         progress: called from this thread as work is finished.
 
     Raises:
         PissaError: see the family; after a ConversionError the same call continues where this one stopped.
     """
-    transforms = [partial(split_step, backend=lane) for lane in backend.share(plan.memory.lanes)]
-    done = carry_out(plan, transforms, overwrite=overwrite, progress=progress)
+    done = carry_out(plan, split_lanes, workers, overwrite=overwrite, progress=progress)
     return Report(
         dest=plan.dest,
         tensors=len(done.tensors),
@@ -78,13 +76,20 @@ def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: Prog
         relative_error=max(entry["relative_error"] for entry in done.tensors.values()),
         estimated_deficit=max(entry["estimated_deficit"] for entry in done.tensors.values()),
         peak_memory=peak_resident_bytes(),
-        warnings=tuple(backend.warnings),
+        warnings=tuple(workers.warnings),
     )
+
+
+@contextmanager
+def split_lanes(plan: Plan, backend: Backend) -> Iterator[Sequence[Transform]]:
+    """Lanes that split, each with its share of the backend."""
+    yield [partial(split_step, backend=lane) for lane in backend.share(plan.memory.lanes)]
 
 
 def carry_out(
     plan: ModelPlan,
-    transforms: Sequence[Transform],
+    make_lanes: MakeLanes,
+    workers: Workers,
     *,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
@@ -93,7 +98,8 @@ def carry_out(
 
     Args:
         plan: what to do.
-        transforms: one for each lane.
+        make_lanes: the plan's transforms.
+        workers: who uses them.
         overwrite, progress: as for `run`.
 
     Raises:
@@ -114,49 +120,21 @@ def carry_out(
             finally:
                 journal.remove()
         else:
-            tensors = _convert(plan, transforms, journal, timings, progress)
+            tensors, timings = _convert(plan, make_lanes, workers, journal, progress)
     return Outcome(tensors, state is State.RESUMED, state is State.COMPLETE, time.perf_counter() - started, timings)
 
 
 def _convert(
-    plan: ModelPlan,
-    transforms: Sequence[Transform],
-    journal: Journal,
-    timings: Timings,
-    progress: ProgressCallback | None,
-) -> Mapping[str, Mapping[str, Any]]:
-    with _open_beside(plan) as beside:
+    plan: ModelPlan, make_lanes: MakeLanes, workers: Workers, journal: Journal, progress: ProgressCallback | None
+) -> tuple[Mapping[str, Mapping[str, Any]], Timings]:
+    with open_beside(plan) as beside:
+        if beside is not None and plan.beside is not None:
+            beside.write(plan.beside.header, 0)
         remaining, done = recover(plan, journal.entries, beside)
-        total = sum(shard.source.size for shard in plan.shards)
-        finished = total - sum(work.plan.source.size - work.offset for work in remaining)
-
-        def report_progress(nbytes: int) -> None:
-            nonlocal finished
-            finished += nbytes
-            if progress is not None:
-                progress(finished, total, timings)
-
-        def step_done(shard: Shard, index: int, sha256: str, side: str, stats: Stats) -> None:
-            key = shard.plan.steps[index].key  # type: ignore[union-attr]
-            done.stats[key], done.side[key] = stats, side
-            entry = {"shard": shard.plan.name, "step": index, "sha256": sha256, "side": side, "stats": stats.as_json()}
-            journal.append(entry)
-
-        def shard_written(shard: Shard, source_sha256: str, file: PartialFile) -> None:
-            name, sha256 = shard.plan.name, shard.digest.hexdigest()
-            source = FileRecord(shard.plan.source.size, source_sha256)
-            _check_recorded(plan, shard.plan.source.path, source)
-            if beside is not None:
-                beside.sync()  # A and B of this shard must not be behind its residual
-            file.commit()
-            journal.append({"committed": name, "sha256": sha256, "source_sha256": source_sha256}, durable=True)
-            done.sources[shard.plan.source_name] = source
-            done.outputs[name] = FileRecord(shard.plan.size, sha256)
-            report_progress(len(shard.plan.source.header))
-
-        report_progress(0)
-        sink = Sink(beside, step_done, shard_written, report_progress)
-        run_pipeline(remaining, plan.dest, transforms, plan.memory.budget, sink, timings)
+    left = sum(work.plan.source.size - work.offset for work in remaining)
+    ledger = Ledger(plan, journal, done, sum(shard.source.size for shard in plan.shards) - left, progress)
+    workers.work(plan, make_lanes, remaining, ledger)
+    with open_beside(plan) as beside:  # again: other machines may have written to it
         if beside is not None and plan.beside is not None:
             done.outputs[plan.beside.name] = _commit_beside(plan, beside, done.side)
     for name, path in plan.sources.items():
@@ -170,31 +148,7 @@ def _convert(
         done.outputs[name] = _write_text(plan.dest / name, text)
     write_file(plan.dest / MANIFEST_NAME, plan.manifest(done.sources, done.outputs, done.stats))
     journal.remove()
-    return read_manifest(plan.dest / MANIFEST_NAME).tensors
-
-
-@contextmanager
-def _open_beside(plan: ModelPlan) -> Iterator[PartialFile | None]:
-    if plan.beside is None:
-        yield None
-        return
-    path = plan.dest / plan.beside.name
-    reopen(path)
-    with PartialFile(path, plan.beside.size) as file:
-        file.write(plan.beside.header, 0)
-        yield file
-
-
-def _check_recorded(plan: ModelPlan, path: Path, found: FileRecord) -> None:
-    expected = plan.recorded.get(path.name)
-    if expected not in (None, found):
-        raise ConversionError(
-            "SOURCE is not the model that the adapter belongs to",
-            file=path,
-            expected=f"sha256 {expected.sha256}" if expected else None,
-            found=found.sha256,
-            fix="give that model",
-        )
+    return read_manifest(plan.dest / MANIFEST_NAME).tensors, ledger.timings
 
 
 def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str]) -> FileRecord:

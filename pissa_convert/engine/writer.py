@@ -12,7 +12,7 @@ from pathlib import Path
 from pissa_convert.engine.buffers import Buffers
 from pissa_convert.engine.files import PartialFile
 from pissa_convert.engine.hashing import HashThread
-from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard
+from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard, Slots
 from pissa_convert.report import Timings
 from pissa_convert.steps import Stats
 
@@ -28,7 +28,7 @@ class Sink:
         progress: bytes of source whose output is in place since the last call.
     """
 
-    beside: PartialFile | None
+    beside: Slots | None
     step_done: Callable[[Shard, int, str, str, Stats], None]
     shard_written: Callable[[Shard, str, PartialFile], None]
     progress: Callable[[int], None]
@@ -84,7 +84,7 @@ class Writer:
             self.buffers.give_back(item.buffer)
             self.sink.progress(nbytes)
 
-    def _write(self, file: PartialFile, view: memoryview, offset: int, digest: hashlib._Hash) -> None:
+    def _write(self, file: Slots, view: memoryview, offset: int, digest: hashlib._Hash) -> None:
         """Write and hash `view` at the same time, and release it."""
         hashed = self.hashing.feed(digest, view[:])
         started = time.perf_counter()

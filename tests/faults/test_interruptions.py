@@ -22,6 +22,7 @@ import torch
 from checkpoints import digests, llm_like, raw_header, small_model, write_model
 
 from pissa_convert import convert
+from pissa_convert.engine.workers import InProcess
 from pissa_convert.errors import ConversionError, PissaError, RequestError
 from pissa_convert.linalg.native import NativeBackend
 
@@ -249,7 +250,7 @@ def test_a_source_shard_that_changes_during_the_run_is_noticed(tmp_path: Path, e
     plan = api.plan(source, tmp_path / "out", rank=4)
     object.__setattr__(plan.memory, "budget", 40_000)
     with pytest.raises(ConversionError, match=victim.name):
-        api.run(plan, NativeBackend(1), progress=progress)
+        api.run(plan, InProcess(NativeBackend(1)), progress=progress)
     assert not (tmp_path / "out" / "config.json").exists()
 
 
