@@ -8,6 +8,7 @@ free, and does those of a worker or node that died again elsewhere.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -137,8 +138,9 @@ def connect(address: str, options: RunOptions) -> Iterator[RayWorkers]:
         if address == "local":
             quiet |= {"num_cpus": max(threads, usable_cpus()), "include_dashboard": False}
         try:
+            _check_answers(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
             fix = "give the address of a running cluster, or --ray local"
             raise RequestError("no Ray cluster answers", found=address, fix=fix) from error
     try:
@@ -146,6 +148,13 @@ def connect(address: str, options: RunOptions) -> Iterator[RayWorkers]:
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if host:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _plan(source: str, dest: str, to: str, options: dict[str, Any], run_options: RunOptions) -> Any:

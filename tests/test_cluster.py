@@ -223,7 +223,6 @@ def test_a_cluster_of_this_machine_alone(source: Path, expected: dict[str, str],
     assert "16 weights split" in run.stderr
 
 
-@pytest.mark.long
 def test_where_no_cluster_answers(source: Path, tmp_path: Path) -> None:
     arguments = [COMMAND, str(source), str(tmp_path / "out"), "--to", "pissa", "--ray", "127.0.0.1:9"]
     run = subprocess.run(arguments, capture_output=True, text=True, check=False)
