@@ -5,6 +5,8 @@
 speed     `pissa-convert SRC DST` and `cp -r SRC DST && sync`, in turns, medians, on Llama-3.1-8B's shape with N layers
           (8: 5.6 GB). Cold: the source was dropped from the page cache before each run; warm: it was read just before.
 official  load the model, PEFT `pissa_niter_4` on all linear layers, save adapter, unload, save: Llama-3.2-1B's shape.
+          Ours as it is by default, which is more accurate, and with the fewest --passes that are no less accurate than
+          niter_4 on 14 weights. Deficit: the share of the best rank-16 energy that A and B as stored do not capture.
 memory    peak resident set on 70B's shape with 1 to 4 layers, under --max-memory 1GiB, and on 405B's shape; and what
           --plan says beforehand of memory and disk.
 
@@ -15,6 +17,7 @@ the current one) needs 33 GB for `memory`, 17 GB for `speed`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -28,7 +31,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+
+import torch
+from safetensors import safe_open
+from split import captured, exact_sigma
 
 GENERATE = str(Path(__file__).with_name("generate.py"))
 OFFICIAL = """
@@ -44,6 +51,14 @@ model.peft_config["default"].init_lora_weights = True
 model.save_pretrained(dest + "/pissa_init")
 model.unload().save_pretrained(dest)
 """
+RANK = 16
+MODULES = [
+    f"model.layers.{layer}.{module}"
+    for layer in (0, 8)
+    for module in (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
+]
+"""Whose deficits are measured."""
+
 GIB = 1 << 30
 
 
@@ -180,22 +195,60 @@ def official(folder: Path, layers: int, repeat: int) -> Iterator[Row]:
     with checkpoint(folder, "Llama-3.2-1B", 16) as source:
         dest = folder / "result"
         settle(source, dest, cold=False)
-        theirs = run(sys.executable, "-c", OFFICIAL, str(source), str(dest), "16")
-        runs = []
-        for _ in range(repeat):
-            settle(source, dest, cold=False)
-            runs.append(convert(source, dest, "--rank", "16"))
-        yield from promises("Llama-3.2-1B", source, dest, runs[-1])
+        theirs = run(sys.executable, "-c", OFFICIAL, str(source), str(dest), str(RANK))
+        spectra = [exact_sigma(weight) for weight in sampled(source)]
+        bar = deficits(source, dest, spectra)
+        passes = None
+        for options in ([], ["--passes", "N"]):
+            if options:
+                passes = enough_passes(source, dest, spectra, bar)
+                options[1] = str(passes)
+            runs = []
+            for _ in range(repeat):
+                settle(source, dest, cold=False)
+                runs.append(convert(source, dest, "--rank", str(RANK), *options))
+            ours = sorted(runs, key=lambda item: item.seconds)[len(runs) // 2]
+            found = deficits(source, dest, spectra)
+            how = f"--passes {passes}, equal accuracy" if options else "as it is by default"
+            yield Row(
+                f"times faster than PEFT pissa_niter_4, 1B shape, {how}",
+                theirs.seconds / ours.seconds,
+                8,
+                True,
+                f"{ours.seconds:.1f} s and {ours.peak / GIB:.2f} GiB, "
+                f"PEFT {theirs.seconds:.1f} s and {theirs.peak / GIB:.2f} GiB; "
+                f"deficit {mean(found):.3%} (worst {max(found):.3%}), PEFT {mean(bar):.3%} ({max(bar):.3%})",
+            )
+            yield from promises("Llama-3.2-1B", source, dest, runs[-1], "--rank", str(RANK), *options)
         shutil.rmtree(dest)
-        ours = sorted(runs, key=lambda item: item.seconds)[len(runs) // 2]
-        yield Row(
-            "times faster than PEFT pissa_niter_4, Llama-3.2-1B shape",
-            theirs.seconds / ours.seconds,
-            8,
-            True,
-            f"{ours.seconds:.1f} s and {ours.peak / GIB:.2f} GiB, "
-            f"PEFT {theirs.seconds:.1f} s and {theirs.peak / GIB:.2f} GiB",
-        )
+
+
+def enough_passes(source: Path, dest: Path, spectra: list[torch.Tensor], bar: list[float]) -> int:
+    """The fewest passes with which our deficits, on average and at worst, are not above PEFT's."""
+    for passes in itertools.count(1):
+        shutil.rmtree(dest, ignore_errors=True)
+        convert(source, dest, "--rank", str(RANK), "--passes", str(passes))
+        found = deficits(source, dest, spectra)
+        if mean(found) <= mean(bar) and max(found) <= max(bar):
+            return passes
+    raise AssertionError
+
+
+def sampled(source: Path) -> Iterator[torch.Tensor]:
+    """The weights of two layers."""
+    with safe_open(source / "model.safetensors", "pt") as file:
+        for module in MODULES:
+            yield file.get_tensor(f"{module}.weight")
+
+
+def deficits(source: Path, dest: Path, spectra: list[torch.Tensor]) -> list[float]:
+    """1 − captured/Σσ² over the leading singular values of these weights, from A and B as stored (scaling 1)."""
+    found = []
+    with safe_open(dest / "pissa_init" / "adapter_model.safetensors", "pt") as file:
+        for module, weight, sigma in zip(MODULES, sampled(source), spectra, strict=True):
+            a, b = (file.get_tensor(f"base_model.model.{module}.lora_{side}.weight") for side in "AB")
+            found.append(1 - captured(weight, a, b) / float(sigma[:RANK].square().sum()))
+    return found
 
 
 def memory(folder: Path, layers: int, repeat: int) -> Iterator[Row]:

@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -12,6 +11,7 @@
 #include "lapack.hpp"
 #include "philox.hpp"
 #include "rayleigh_ritz.hpp"
+#include "sha256.hpp"
 #include "split.hpp"
 
 namespace py = pybind11;
@@ -25,9 +25,13 @@ pissa::DType parse_dtype(const std::string& code) {
   throw std::invalid_argument("dtype must be F32, F16 or BF16, not " + code);
 }
 
-void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char* name) {
-  const py::buffer_info info = buffer.request(true);
-  const auto found = static_cast<std::size_t>(info.size * info.itemsize);
+struct Bytes {
+  void* data;
+  std::size_t count;
+};
+
+Bytes contiguous_bytes(const py::buffer& buffer, bool writable, const char* name) {
+  const py::buffer_info info = buffer.request(writable);
   py::ssize_t stride = info.itemsize;
   for (py::ssize_t axis = info.ndim; axis-- > 0; stride *= info.shape[static_cast<std::size_t>(axis)]) {
     const auto index = static_cast<std::size_t>(axis);
@@ -35,16 +39,52 @@ void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char*
       throw std::invalid_argument(std::string(name) + " must be C-contiguous");
     }
   }
-  if (found != expected) {
+  return {info.ptr, static_cast<std::size_t>(info.size * info.itemsize)};
+}
+
+void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char* name) {
+  const Bytes found = contiguous_bytes(buffer, true, name);
+  if (found.count != expected) {
     throw std::invalid_argument(std::string(name) + " must be " + std::to_string(expected) + " bytes, not " +
-                                std::to_string(found));
+                                std::to_string(found.count));
   }
-  return info.ptr;
+  return found.data;
+}
+
+pissa::Sha256 new_digest() {
+  if (!pissa::Sha256::available()) throw std::runtime_error("this CPU has no instructions for SHA-256");
+  return {};
+}
+
+void update(pissa::Sha256& digest, const py::buffer& data) {
+  const Bytes bytes = contiguous_bytes(data, false, "data");
+  const py::gil_scoped_release release;
+  digest.update(bytes.data, bytes.count);
+}
+
+void update_both(pissa::Sha256& first, const py::buffer& a, pissa::Sha256& second, const py::buffer& b) {
+  if (&first == &second) throw std::invalid_argument("the two digests must not be the same");
+  const Bytes left = contiguous_bytes(a, false, "a"), right = contiguous_bytes(b, false, "b");
+  const py::gil_scoped_release release;
+  pissa::Sha256::update_both(first, left.data, left.count, second, right.data, right.count);
+}
+
+std::string hexdigest(const pissa::Sha256& digest) {
+  std::string text;
+  for (const unsigned byte : digest.digest()) {
+    for (const unsigned digit : {byte >> 4, byte & 15}) text += "0123456789abcdef"[digit];
+  }
+  return text;
 }
 
 pissa::Weight describe(void* data, const std::string& dtype, std::size_t rows, std::size_t cols, std::size_t rank) {
   if (rank < 1 || rank > std::min(rows, cols)) throw std::invalid_argument("rank must be in 1 … min(rows, cols)");
   return {data, parse_dtype(dtype), rows, cols};
+}
+
+std::size_t workspace_bytes(std::size_t rows, std::size_t cols, const std::string& dtype, std::size_t rank,
+                            std::size_t passes, unsigned threads) {
+  return pissa::split_workspace_bytes(describe(nullptr, dtype, rows, cols, rank), rank, passes, threads);
 }
 
 // Threads live as long as the object: one per caller that wants to split.
@@ -72,11 +112,6 @@ class Splitter {
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     return pissa::split(kernels_, pool_, request);
-  }
-
-  std::size_t workspace_bytes(std::size_t rows, std::size_t cols, const std::string& dtype, std::size_t rank,
-                              std::size_t passes) const {
-    return pissa::split_workspace_bytes(describe(nullptr, dtype, rows, cols, rank), rank, passes, pool_.size());
   }
 
   std::string kernel() const { return kernels_.name; }
@@ -135,9 +170,17 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("kernel", &Splitter::kernel)
       .def("split", &Splitter::split, py::arg("weight"), py::arg("rows"), py::arg("cols"), py::arg("dtype"),
            py::arg("rank"), py::arg("scaling"), py::arg("fan_in_fan_out"), py::arg("a"), py::arg("b"),
-           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"))
-      .def("workspace_bytes", &Splitter::workspace_bytes, py::arg("rows"), py::arg("cols"), py::arg("dtype"),
-           py::arg("rank"), py::arg("passes"));
+           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"));
+  m.def("workspace_bytes", &workspace_bytes, py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("rank"),
+        py::arg("passes"), py::arg("threads"));
+  // A digest is not to be used by two threads at once.
+  py::class_<pissa::Sha256>(m, "Sha256")
+      .def(py::init(&new_digest))
+      .def("update", &update)
+      .def("hexdigest", &hexdigest)
+      .def("copy", [](const pissa::Sha256& digest) { return digest; })
+      .def_static("available", &pissa::Sha256::available);
+  m.def("update_both", &update_both, py::arg("first"), py::arg("a"), py::arg("second"), py::arg("b"));
   m.def(
       "random_signs",
       [](std::uint64_t key, const py::buffer& out) {

@@ -14,18 +14,24 @@ constexpr std::size_t kBlockBytes = 512u << 10;
 constexpr std::size_t kMinBlockRows = 32, kMaxBlockRows = 128;
 // Rows whose part of Z is summed by one task: many blocks, so that adding up the parts is little work.
 constexpr std::size_t kLaneRows = 512;
-constexpr std::size_t kLanes = 8;  // at least, where there are rows enough for a block in each
+constexpr std::size_t kLanes = 8;  // at least, where there is work enough for each
+constexpr std::size_t kLaneElements = 64u << 10;
 // A piece of packed x that stays in the second-level cache while the rows of a block pass over it.
 constexpr std::size_t kXBytes = 256u << 10;
+
+std::size_t min_lanes(const Weight& weight) {
+  return std::clamp<std::size_t>(weight.rows * weight.cols / kLaneElements, 1, kLanes);
+}
 
 std::size_t choose_block_rows(const Weight& weight) {
   const std::size_t fitting = kBlockBytes / std::max<std::size_t>(1, weight.cols * size_of(weight.dtype));
   const std::size_t rows = std::clamp(fitting / 32 * 32, kMinBlockRows, kMaxBlockRows);
-  return std::min(rows, round_up(std::max<std::size_t>(weight.rows / kLanes, 1), kMinBlockRows));
+  return std::min(rows, round_up(std::max<std::size_t>(weight.rows / min_lanes(weight), 1), kMinBlockRows));
 }
 
 std::size_t choose_lane_rows(const Weight& weight, std::size_t block_rows) {
-  const std::size_t rows = std::min((weight.rows + kLanes - 1) / kLanes, kLaneRows);
+  const std::size_t lanes = min_lanes(weight);
+  const std::size_t rows = std::min((weight.rows + lanes - 1) / lanes, kLaneRows);
   return round_up(std::max<std::size_t>(rows, 1), block_rows);
 }
 

@@ -10,12 +10,10 @@ namespace pissa {
 namespace {
 
 // Few enough that the partial products stay small beside the matrices, many enough to keep threads busy.
-constexpr std::size_t kBlocks = 8;
+constexpr std::size_t kBlocks = 8, kMinRows = 192;
 constexpr std::size_t kRowsPerPiece = 128;  // packed at a time
 
-std::size_t rows_per_block(std::size_t n) {
-  return round_up(std::max<std::size_t>(64, (n + kBlocks - 1) / kBlocks), 2);
-}
+std::size_t rows_per_block(std::size_t n) { return round_up(std::max(kMinRows, (n + kBlocks - 1) / kBlocks), 32); }
 
 // c (p × q) = the sum of the blocks' partial products, whose columns are p_stride apart, in their order.
 template <class T>

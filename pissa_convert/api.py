@@ -8,20 +8,24 @@ from typing import Any, Literal, overload
 
 from pissa_convert.cluster import connect
 from pissa_convert.engine import verify as verification
+from pissa_convert.engine.gguf import run_gguf
+from pissa_convert.engine.gguf_adapter import run_gguf_adapter
 from pissa_convert.engine.lora import run_lora
 from pissa_convert.engine.merge import run_merge
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
 from pissa_convert.engine.workers import InProcess, Workers
 from pissa_convert.errors import RequestError
+from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.linalg.native import usable_cpus
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.matrix import Split, split
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.options import RunOptions
 from pissa_convert.planning import Plan
-from pissa_convert.report import LoraReport, MergeReport, Report
-from pissa_convert.requests import choose_backend, plan_request
+from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, Report
+from pissa_convert.requests import AnyPlan, choose_backend, plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
 
@@ -39,7 +43,7 @@ def plan(
     device: str = "auto",
     max_vram: int | None = None,
     **options: Any,
-) -> Plan: ...
+) -> Plan | GgufPlan: ...
 @overload
 def plan(
     source: _Path,
@@ -63,7 +67,19 @@ def plan(
     device: str = "auto",
     max_vram: int | None = None,
     **options: Any,
-) -> MergePlan: ...
+) -> MergePlan | GgufPlan: ...
+@overload
+def plan(
+    source: _Path,
+    dest: _Path,
+    to: Literal["gguf"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
+    **options: Any,
+) -> GgufAdapterPlan | GgufPlan: ...
 def plan(
     source: _Path,
     dest: _Path,
@@ -74,7 +90,7 @@ def plan(
     device: str = "auto",
     max_vram: int | None = None,
     **options: Any,
-) -> Plan | LoraPlan | MergePlan:
+) -> AnyPlan:
     """Say what `convert` would do, from headers alone. Writes nothing.
 
     The arguments are those of `convert`.
@@ -105,7 +121,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> Report: ...
+) -> Report | GgufReport: ...
 @overload
 def convert(
     source: _Path,
@@ -135,7 +151,22 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> MergeReport: ...
+) -> MergeReport | GgufReport: ...
+@overload
+def convert(
+    source: _Path,
+    dest: _Path,
+    to: Literal["gguf"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
+    ray: str | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> GgufReport: ...
 def convert(
     source: _Path,
     dest: _Path,
@@ -149,7 +180,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> Report | LoraReport | MergeReport:
+) -> AnyReport:
     """Convert `source` into the new folder `dest`, streaming. What is interrupted is continued by the same call.
 
     to="pissa" splits the linear weights of a model folder into residual and principal adapter (PiSSA, arXiv
@@ -210,6 +241,8 @@ def convert(
             raise RequestError("--ray does not apply to --to lora: it walks no model", fix="leave it out")
         with connect(ray, run_options) as cluster:
             work = cluster.plan(Path(source), Path(dest), to, options)
+            if isinstance(work, GgufAdapterPlan):
+                raise RequestError("--ray does not apply to an adapter's GGUF: it walks no model", fix="leave it out")
             return _carry_out(work, cluster, overwrite, progress)
     backend = choose_backend(to, options, run_options)
     work = plan_request(source, dest, to, options, run_options, backend)
@@ -219,8 +252,15 @@ def convert(
 
 
 def _carry_out(
-    work: Plan | MergePlan, workers: Workers, overwrite: bool, progress: ProgressCallback | None
-) -> Report | MergeReport:
+    work: Plan | MergePlan | GgufPlan | GgufAdapterPlan,
+    workers: Workers,
+    overwrite: bool,
+    progress: ProgressCallback | None,
+) -> AnyReport:
+    if isinstance(work, GgufAdapterPlan):
+        return run_gguf_adapter(work, overwrite=overwrite, progress=progress)
+    if isinstance(work, GgufPlan):
+        return run_gguf(work, workers, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):
         return run_merge(work, workers, overwrite=overwrite, progress=progress)
     return run(work, workers, overwrite=overwrite, progress=progress)
@@ -232,6 +272,8 @@ def verify(
     *,
     init: _Path | None = None,
     adapter: _Path | None = None,
+    base_gguf: _Path | None = None,
+    base: _Path | None = None,
     threads: int | None = None,
     progress: verification.Progress | None = None,
 ) -> verification.Verification:
@@ -243,10 +285,11 @@ def verify(
     records, and so must the rounding of every merged weight. Memory does not grow with the model.
 
     Args:
-        dest: the folder that `convert` made; nothing is written to it.
+        dest: the folder or file that `convert` made; nothing is written to it.
         source: the folder of the original model, or for a LoRA of the trained adapter.
         init: for a LoRA with `source`, the initial adapter, as `convert` took it.
         adapter: for a merged model with `source`, the adapter.
+        base_gguf, base: for a result of to="gguf" with `source`, what it was made with.
         threads: files that are read at once, at most; by default as many as CPUs, up to four.
         progress: called as `progress(bytes_done, bytes_in_all)`, from worker threads, one call at a time.
 
@@ -254,5 +297,5 @@ def verify(
         RequestError: there is no finished conversion in `dest`, or `source` is no folder.
         DamageError: something differs; its `findings` name every file and tensor that does.
     """
-    origins = Origins(*(None if path is None else Path(path) for path in (source, init, adapter)))
+    origins = Origins(*(None if path is None else Path(path) for path in (source, init, adapter, base_gguf, base)))
     return verification.verify(Path(dest), origins, threads=threads or usable_cpus(), progress=progress)

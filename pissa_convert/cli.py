@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE_UNITS |= {f"{unit}i": 1024 ** (power + 1) for power, unit in enumerate("KMGT")}
 
-TARGETS = ("pissa", "lora", "merged")
+TARGETS = ("pissa", "lora", "merged", "gguf")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "of a few matrices. Interrupted at any moment, the same command continues.",
         epilog="example: pissa-convert Llama-3.1-8B/ l8-pissa/ --to pissa --rank 64",
         usage="%(prog)s SOURCE DEST --to {" + ",".join(TARGETS) + "} [options]\n"
-        "       %(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER]]",
+        "       %(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER | --base-gguf BASE]]",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("source", metavar="SOURCE", help="folder of a model, or of a trained adapter; never written to")
@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     _add_merging(parser.add_argument_group("for --to merged: an adapter is added to a model", "also --dtype"))
+    _add_gguf(
+        parser.add_argument_group(
+            "for --to gguf: an adapter becomes a file for llama.cpp",
+            "also --init, with --rank, --tolerance, --uniform-rank; --base MODEL, without a GGUF of it",
+        )
+    )
     return parser
 
 
@@ -79,6 +85,11 @@ def _add_merging(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--adapter", metavar="ADAPTER", help="a LoRA for an original model, or a trained adapter for its residual"
     )
+
+
+def _add_gguf(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--base-gguf", metavar="BASE", help="a GGUF of the base model, of any type")
+    group.add_argument("--outtype", metavar="T", help="f16 (default), f32, bf16 or q8_0, of an adapter")
 
 
 def _add_common(group: argparse._ArgumentGroup) -> None:
@@ -138,13 +149,16 @@ def _add_lora(group: argparse._ArgumentGroup) -> None:
 def _verify_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pissa-convert",
-        usage="%(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER]] [--threads N] [--quiet]",
+        usage="%(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER | --base-gguf BASE]]"
+        " [--threads N] [--quiet]",
     )
     parser.add_argument("dest", metavar="DEST")
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--source", metavar="SOURCE")
     parser.add_argument("--init", metavar="INIT")
     parser.add_argument("--adapter", metavar="ADAPTER")
+    parser.add_argument("--base-gguf", metavar="BASE")
+    parser.add_argument("--base", metavar="MODEL")
     parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("--quiet", action="store_true")
     return parser
@@ -217,7 +231,14 @@ def _verify(given: argparse.Namespace) -> None:
 
     bar = None if given.quiet or not sys.stderr.isatty() else ProgressBar()
     found = api.verify(
-        given.dest, given.source, init=given.init, adapter=given.adapter, threads=given.threads, progress=bar
+        given.dest,
+        given.source,
+        init=given.init,
+        adapter=given.adapter,
+        base_gguf=given.base_gguf,
+        base=given.base,
+        threads=given.threads,
+        progress=bar,
     )
     if not given.quiet:
         print_verification(found, given.source)

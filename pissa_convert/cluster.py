@@ -38,7 +38,7 @@ _THREADS = 4
 """Of a task by default: enough for the disk not to wait, and few enough for several tasks on a node."""
 
 
-_PATHS = ("adapter",)
+_PATHS = ("adapter", "base_gguf", "base", "init")
 """Options that name files: a task has another working folder."""
 
 

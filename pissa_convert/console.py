@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pissa_convert.report import LoraReport, MergeReport, Report
+from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, Report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pissa_convert.merge_plan import MergePlan
     from pissa_convert.planning import Plan
     from pissa_convert.report import Timings
+    from pissa_convert.requests import AnyPlan
 
 
 class ProgressBar:
@@ -37,7 +38,7 @@ class ProgressBar:
             self._bar.close()
 
 
-def _amount(nbytes: float) -> str:
+def amount(nbytes: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"
@@ -45,8 +46,11 @@ def _amount(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def print_plan(plan: Plan | LoraPlan | MergePlan, device: str) -> None:
+def print_plan(plan: AnyPlan, device: str) -> None:
     """The plan on stdout: it is what was asked for, so it can be piped."""
+    from pissa_convert import console_gguf
+    from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+    from pissa_convert.gguf_plan import GgufPlan
     from pissa_convert.lora_plan import LoraPlan
     from pissa_convert.merge_plan import MergePlan
 
@@ -54,6 +58,10 @@ def print_plan(plan: Plan | LoraPlan | MergePlan, device: str) -> None:
         _print_lora_plan(plan)
     elif isinstance(plan, MergePlan):
         _print_merge_plan(plan)
+    elif isinstance(plan, GgufAdapterPlan):
+        console_gguf.print_adapter_plan(plan)
+    elif isinstance(plan, GgufPlan):
+        console_gguf.print_model_plan(plan)
     else:
         _print_split_plan(plan, device)
 
@@ -85,7 +93,7 @@ def _print_merge_plan(plan: MergePlan) -> None:
     from pissa_convert.merge_plan import describe, shard_tensors
 
     tensors = [tensor for shard in plan.shards for tensor in shard.source.tensors]
-    places = [place for shard in plan.shards for place in shard_tensors(shard.source, plan.options.dtype)[1]]
+    places = [place for shard in plan.checkpoint.shards for place in shard_tensors(shard, plan.options.dtype)[1]]
     width = max(len(tensor.name) for tensor in tensors)
     for tensor, place in zip(tensors, places, strict=True):
         change = plan.changes.tensors.get(tensor.name)
@@ -102,8 +110,8 @@ def _print_merge_plan(plan: MergePlan) -> None:
         f"""
 merge      {len(plan.changes.tensors)} of {len(tensors)} tensors
 disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
-memory     {plan.memory.peak} bytes at peak ({_amount(plan.memory.budget)} in flight at most)
-time       about {compute:.1f} s of computing, beside moving {_amount(moved)}"""
+memory     {plan.memory.peak} bytes at peak ({amount(plan.memory.budget)} in flight at most)
+time       about {compute:.1f} s of computing, beside moving {amount(moved)}"""
     )
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -123,49 +131,53 @@ def _print_split_plan(plan: Plan, device: str) -> None:
     compute = estimate_seconds(plan, select_backend(device))
     print(
         f"""
-split      {len(split)} of {len(plan.decisions)} tensors, {_amount(split_bytes)} of {_amount(plan.source_bytes)}
-adapter    {plan.adapter.name}, rank {plan.options.rank}, {_amount(plan.adapter.size)}
+split      {len(split)} of {len(plan.decisions)} tensors, {amount(split_bytes)} of {amount(plan.source_bytes)}
+adapter    {plan.adapter.name}, rank {plan.options.rank}, {amount(plan.adapter.size)}
 disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
-memory     {plan.memory.peak} bytes at peak ({_amount(plan.memory.budget)} in flight at most)
-time       about {compute:.0f} s of computing with {plan.backend}, beside moving {_amount(plan.source_bytes)}"""
+memory     {plan.memory.peak} bytes at peak ({amount(plan.memory.budget)} in flight at most)
+time       about {compute:.0f} s of computing with {plan.backend}, beside moving {amount(plan.source_bytes)}"""
     )
 
 
-def print_report(report: Report | LoraReport | MergeReport) -> None:
+def print_report(report: AnyReport) -> None:
     if report.complete_before:
         print(f"{report.dest} is complete already; every digest fits", file=sys.stderr)
     elif isinstance(report, Report):
         _print_split_report(report)
     elif isinstance(report, LoraReport):
         _print_lora_report(report)
+    elif isinstance(report, GgufReport):
+        from pissa_convert import console_gguf
+
+        console_gguf.print_gguf_report(report)
     else:
         _print_merge_report(report)
 
 
 def _print_merge_report(report: MergeReport) -> None:
     print(
-        f"""{_finished(report, f"{report.tensors} tensors changed")}
-{_stages(report.timings)}
+        f"""{finished(report, f"{report.tensors} tensors changed")}
+{stages(report.timings)}
 W + s·B·A within {report.relative_error:.1e}, its rounding""",
         file=sys.stderr,
     )
 
 
-def _finished(report: Report | LoraReport | MergeReport, what: str) -> str:
+def finished(report: AnyReport, what: str) -> str:
     continued = report.resumed and not isinstance(report, LoraReport)  # whose work is done again from its start
     verb = "continued and finished" if continued else "finished"
-    return f"{verb} {report.dest} in {report.wall_seconds:.1f} s: {what}{_peak(report.peak_memory)}"
+    return f"{verb} {report.dest} in {report.wall_seconds:.1f} s: {what}{peak(report.peak_memory)}"
 
 
-def _peak(nbytes: int | None) -> str:
-    return f", peak memory {_amount(nbytes)}" if nbytes else ""
+def peak(nbytes: int | None) -> str:
+    return f", peak memory {amount(nbytes)}" if nbytes else ""
 
 
-def _stages(timings: Timings) -> str:
+def stages(timings: Timings) -> str:
     return (
-        f"read {_amount(timings.source_bytes)} in {timings.read_seconds:.1f} s, "
+        f"read {amount(timings.source_bytes)} in {timings.read_seconds:.1f} s, "
         f"computed {timings.compute_seconds:.1f} s, "
-        f"wrote {_amount(timings.written_bytes)} in {timings.write_seconds:.1f} s, "
+        f"wrote {amount(timings.written_bytes)} in {timings.write_seconds:.1f} s, "
         f"all at once; bound by {timings.bottleneck}"
     )
 
@@ -181,7 +193,7 @@ def _print_lora_report(report: LoraReport) -> None:
         f"; training moved the adapter by {report.relative_change:.1e} of its norm" if report.relative_change else ""
     )
     print(
-        f"""{_finished(report, f"{len(ranks)} modules")}
+        f"""{finished(report, f"{len(ranks)} modules")}
 rank {shown}{why}
 within {report.relative_error:.1e} of ‖ΔW‖, at worst {report.modules[worst]["relative_error"]:.1e} in {worst}{moved}
 load it with PEFT onto the original model""",
@@ -191,8 +203,8 @@ load it with PEFT onto the original model""",
 
 def _print_split_report(report: Report) -> None:
     print(
-        f"""{_finished(report, f"{report.tensors} weights split")}
-{_stages(report.timings)}
+        f"""{finished(report, f"{report.tensors} weights split")}
+{stages(report.timings)}
 W = W_res + s·B·A within {report.relative_error:.1e} of ‖W‖; \
 a full SVD would capture at most about {report.estimated_deficit:.2%} more
 the residual needs its adapter: load {report.dest} with PEFT and subfolder="pissa_init\"""",
@@ -204,6 +216,7 @@ _COMPARED = {
     "pissa": "W = W_res + s·B·A within {:.1e} of ‖W‖ for {} weights",
     "lora": "ΔW = B·A within {:.1e} of ‖ΔW‖ for {} modules",
     "merged": "W + s·B·A within {:.1e} of its norm for {} weights",
+    "gguf": "what is stored within {:.1e} of what it was made from for {} tensors",
 }
 
 
@@ -212,7 +225,7 @@ def print_verification(found: Verification, source: Path | str | None) -> None:
     if source is not None:
         what = _COMPARED[found.to]
         compared = ", and " + what.format(found.relative_error or 0, found.tensors)
-    took = f"{found.wall_seconds:.1f} s{_peak(found.peak_memory)}"
+    took = f"{found.wall_seconds:.1f} s{peak(found.peak_memory)}"
     print(f"{found.dest}: every digest of {found.files} files fits{compared}; {took}", file=sys.stderr)
     if found.unexpected:
         shown = ", ".join(found.unexpected[:5]) + (", …" if len(found.unexpected) > 5 else "")

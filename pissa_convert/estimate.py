@@ -80,7 +80,7 @@ def estimate_merge_seconds(plan: MergePlan) -> float:
     addition = Addition(np.zeros((_SIZE, rank), np.float32), np.zeros((rank, _SIZE), np.float32))
     with threadpool_limits(1, user_api="blas"):
         each = _fastest(lambda: merge_rows(rows, "BF16", rows, "BF16", _SIZE, addition)) / _SIZE**2
-    return each * sum((step.bottom - step.top) * step.columns for step in plan.merges) / plan.memory.lanes
+    return each * sum((step.bottom - step.top) * step.columns for step in plan.merges) / plan.memory.widths.threads
 
 
 def _fastest(work: Callable[[], object]) -> float:

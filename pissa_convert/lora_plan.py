@@ -124,6 +124,11 @@ class LoraPlan:
     to: str = "lora"
 
     @property
+    def alone(self) -> None:
+        """The folder is the result."""
+        return
+
+    @property
     def head(self) -> dict[str, Any]:
         """What the manifest says of the conversion as a whole."""
         return manifest_head(self.to, "numpy", {**self.options.as_json(), **self.init.options})

@@ -42,7 +42,7 @@ def plan_lora(
     for name in companions:
         check_inside(trained.root, trained.root / name)
     largest = max(module.workspace for module in modules)
-    memory = plan_memory([largest] * min(threads, len(modules)), lambda lanes: workspace, 1, run.max_memory)
+    memory = plan_memory([largest] * min(threads, len(modules)), lambda widths: workspace, 1, run.max_memory)
     return LoraPlan(
         dest=target,
         options=options,

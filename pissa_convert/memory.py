@@ -17,11 +17,61 @@ from pissa_convert.errors import RequestError
 CHUNK = 8 << 20
 """Bytes that a pass-through range is read and written by."""
 
+PAGE = 4096
+"""Unit of the buffers in flight, and what direct writes align to."""
+
 _RUNTIME = 40 << 20
 """Thread stacks, staging, journal and manifest: measured 15 to 35 MiB above the resident set at planning."""
 
 _SLACK = 192 << 20
 """Room beside two of the largest tensors, so that small ones flow past a large one that is being written."""
+
+
+_ENOUGH = 1 << 30
+"""Bytes up to which every thread gets a tensor of its own unasked."""
+
+
+def footprint(nbytes: int) -> int:
+    """Bytes that a buffer of `nbytes` takes up: whole pages, and one more to begin anywhere in the first."""
+    return -(-nbytes // PAGE) * PAGE + PAGE
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How many threads a tensor gets.
+
+    One thread per tensor does more work than several on one: they need not wait for one another. So a tensor gets as
+    few as the room allows, which is to hold as many of its size as can then be worked on, and once more for what is
+    read or written meanwhile.
+
+    Attributes:
+        threads: that compute.
+        narrowest: that a tensor gets at least: `threads` halved some times.
+        room: bytes for tensors in flight, about.
+    """
+
+    threads: int
+    narrowest: int
+    room: int
+
+    def __call__(self, nbytes: int) -> int:
+        """Threads for a tensor of so many bytes in flight."""
+        width = self.narrowest
+        while width < self.threads and (self.threads // width + 1) * nbytes > self.room:
+            width = min(2 * width, self.threads)
+        return width
+
+    def total(self, works: Iterable[tuple[int, Callable[[int], int]]]) -> int:
+        """Bytes of the workspaces, which stay with the lanes when others are at work.
+
+        Args:
+            works: of each tensor, its bytes in flight, and its workspace for a number of threads.
+        """
+        most: dict[int, int] = {}
+        for nbytes, workspace in works:
+            width = self(nbytes)
+            most[width] = max(most.get(width, 0), workspace(width))
+        return sum(self.threads // width * workspace for width, workspace in most.items())
 
 
 @dataclass(frozen=True)
@@ -31,12 +81,12 @@ class MemoryPlan:
     Attributes:
         budget: bytes between the reader and the writer, at most.
         peak: predicted resident peak of the whole process, in bytes.
-        lanes: tensors that are transformed at the same time.
+        widths: threads of each tensor.
     """
 
     budget: int
     peak: int
-    lanes: int
+    widths: Widths
 
 
 def chunks(begin: int, end: int) -> Iterator[tuple[int, int]]:
@@ -48,49 +98,48 @@ def chunks(begin: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def plan_memory(
-    flights: Iterable[int], workspace: Callable[[int], int], threads: int, max_memory: int | None
+    flights: Iterable[int], workspace: Callable[[Widths], int], threads: int, max_memory: int | None
 ) -> MemoryPlan:
-    """Choose the number of lanes and the budget for bytes in flight, and predict the peak.
-
-    One thread per tensor does more work than several on one: they need not wait for one another. So there are as many
-    lanes as threads where the budget holds the largest tensor for each of them and once more (for what is read or
-    written meanwhile), otherwise a half, a quarter, …, of that.
+    """Choose the threads of each tensor and the budget for bytes in flight, and predict the peak.
 
     Args:
         flights: bytes of each buffer that the work takes.
-        workspace: bytes that so many transforms at once need beside their buffers, at most.
+        workspace: bytes that transforms with so many threads need beside their buffers, at most.
         threads: that compute.
-        max_memory: the peak asked for, or None for the default (two of the largest and some room, within what
-            the machine or its cgroup has left).
+        max_memory: the peak asked for, or None for the default: two of the largest and some room, or where that is
+            less than 1 GiB one for each thread; all within what the machine or its cgroup has left.
 
     Raises:
         RequestError: not even one buffer at a time fits; the message says how much would.
     """
-    flights = list(flights)
+    flights = [footprint(nbytes) for nbytes in flights]
     largest = max(flights, default=0)
     resident, available = resident_bytes() + _RUNTIME, available_bytes()
-    lanes = threads
+    useful = (threads + 1) * largest
+    if max_memory is not None:
+        limit, wanted = max_memory - resident, useful + _SLACK
+    else:
+        wanted = max(2 * largest + _SLACK, min(useful, _ENOUGH))
+        limit = wanted if available is None else int(0.9 * available) - _RUNTIME
+    narrowest = 1
     while True:
-        fixed = resident + workspace(lanes)
-        if max_memory is not None:
-            budget = max_memory - fixed
-        else:
-            budget = 2 * largest + _SLACK
-            if available is not None:
-                budget = min(budget, int(0.9 * available) - _RUNTIME - workspace(lanes))
-        if lanes == 1 or budget >= (lanes + 1) * largest:
+        widths = Widths(threads, narrowest, min(wanted, limit))
+        needed = workspace(widths)
+        budget = min(wanted, limit - needed)
+        if budget >= largest or narrowest == threads:
             break
-        lanes //= 2
+        narrowest = min(2 * narrowest, threads)
+    fixed = resident + needed
     if budget < largest:
-        limit = "available" if max_memory is None else "--max-memory"
+        source = "available" if max_memory is None else "--max-memory"
         raise RequestError(
-            f"{limit} memory is too small for the largest tensor",
+            f"{source} memory is too small for the largest tensor",
             expected=f"at least {fixed + largest} bytes",
             found=f"{budget + fixed}",
             # The resident set before work differs a little from run to run.
             fix=f"give --max-memory {(fixed + largest) // (1 << 20) + 8}MiB or more",
         )
-    return MemoryPlan(budget, fixed + min(budget, sum(flights)), lanes)
+    return MemoryPlan(budget, fixed + min(budget, sum(flights)), widths)
 
 
 def resident_bytes() -> int:

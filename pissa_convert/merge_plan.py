@@ -82,6 +82,11 @@ class MergePlan:
     to: str = "merged"
 
     @property
+    def alone(self) -> None:
+        """The folder is the result."""
+        return
+
+    @property
     def head(self) -> dict[str, Any]:
         """What the manifest says of the conversion as a whole."""
         return manifest_head(self.to, "numpy", self.options.as_json())
@@ -122,8 +127,8 @@ class MergePlan:
     def _placed(self) -> dict[str, list[tuple[str, int]]]:
         """Name and bytes of each tensor, by file."""
         placed = {
-            shard.name: [(tensor.name, tensor.nbytes) for tensor in shard_tensors(shard.source, self.options.dtype)[1]]
-            for shard in self.shards
+            shard.name: [(tensor.name, tensor.nbytes) for tensor in shard_tensors(source, self.options.dtype)[1]]
+            for shard, source in zip(self.shards, self.checkpoint.shards, strict=True)
         }
         return placed | ({self.beside.name: [(HEAD, self.beside.slot.nbytes)]} if self.beside else {})
 
@@ -168,7 +173,7 @@ class MergePlan:
             name: {
                 "file": homes[name],
                 "change": describe(self.changes.tensors[name]),
-                "relative_error": Fixed((total.error / total.norm) ** 0.5 if total.norm else 0.0),
+                "relative_error": Fixed(total.relative_error),
             }
             for name, total in sums.items()
         }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from pissa_convert.architectures import read_architecture
@@ -11,13 +12,13 @@ from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import open_adapter
 from pissa_convert.formats.checkpoint import Checkpoint, open_checkpoint
 from pissa_convert.formats.safetensors import SafetensorsFile, lay_out
-from pissa_convert.memory import plan_memory
+from pissa_convert.memory import Widths, plan_memory
 from pissa_convert.merge_changes import HEAD, Changes, find_changes
 from pissa_convert.merge_plan import HEAD_FILE, TWO_FILES, HeadFile, MergePlan, new_dtype, shard_tensors
 from pissa_convert.merge_steps import Change, Target, Treatment, merge_steps
 from pissa_convert.options import MergeOptions, RunOptions
 from pissa_convert.planning import check_destination
-from pissa_convert.steps import ShardPlan, flights
+from pissa_convert.steps import ShardPlan, changes_of, flights
 from pissa_convert.targets import refuse_quantised
 
 _SCRATCH = 8 << 20
@@ -58,9 +59,14 @@ def plan_merge(
         changes=changes,
         shards=shards,
         beside=beside,
-        memory=plan_memory(flights(shards), lambda lanes: lanes * (factors + _SCRATCH), threads, run.max_memory),
+        memory=plan_memory(flights(shards), partial(_workspace, shards, factors + _SCRATCH), threads, run.max_memory),
         recorded={},
     )
+
+
+def _workspace(shards: Iterable[ShardPlan], lane: int, widths: Widths) -> int:
+    """Bytes that the lanes take beside the rows; more threads in one do not make it larger."""
+    return widths.total((step.nbytes, lambda threads: lane) for step in changes_of(shards))
 
 
 def _shard_plan(shard: SafetensorsFile, changes: Changes, beside: HeadFile | None, dtype: str | None) -> ShardPlan:

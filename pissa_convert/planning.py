@@ -31,7 +31,7 @@ from pissa_convert.formats.manifest import (
 from pissa_convert.formats.model_card import CARD_NAME, residual_card
 from pissa_convert.formats.safetensors import TensorInfo, lay_out
 from pissa_convert.linalg import Backend, SplitSpec, SplitStats, tensor_key
-from pissa_convert.memory import MemoryPlan, plan_memory
+from pissa_convert.memory import MemoryPlan, Widths, plan_memory
 from pissa_convert.options import ADAPTER_DTYPES, RunOptions, SplitOptions
 from pissa_convert.steps import ShardPlan, Split, flights, split_steps
 from pissa_convert.targets import Action, Decision, compact_target_modules, decide
@@ -100,6 +100,11 @@ class Plan:
     def source_bytes(self) -> int:
         """Bytes of all source shards."""
         return sum(shard.source.size for shard in self.shards)
+
+    @property
+    def alone(self) -> None:
+        """The folder is the result."""
+        return
 
     @property
     def head(self) -> dict[str, Any]:
@@ -210,7 +215,7 @@ def make_plan(
         adapter=adapter,
         memory=plan_memory(
             flights(shards),
-            partial(_workspace, specs.values(), backend),
+            partial(_workspace, shards, backend),
             backend.at_once(specs.values()),
             run.max_memory,
         ),
@@ -294,6 +299,6 @@ def _plan_adapter(
     return AdapterPlan(f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}", header, infos[-1].end, config), slots
 
 
-def _workspace(specs: Iterable[SplitSpec], backend: Backend, lanes: int) -> int:
-    """Bytes of the workspaces of that many splits at once."""
-    return sum(max(lane.workspace_bytes(spec) for spec in specs) for lane in backend.share(lanes))
+def _workspace(shards: Iterable[ShardPlan], backend: Backend, widths: Widths) -> int:
+    splits = (step for shard in shards for step in shard.steps if isinstance(step, Split))
+    return widths.total((step.nbytes, partial(backend.workspace_bytes, step.spec)) for step in splits)

@@ -13,7 +13,7 @@ class Timings:
 
     Attributes:
         read_seconds, write_seconds: moving bytes between the disk and memory; writing includes making it durable.
-        source_hash_seconds, output_hash_seconds: SHA-256 of the source and of the output, each in its own thread.
+        hash_seconds: SHA-256 of the source and of the output; of the busier one where each has its own thread.
         compute_seconds: splitting.
         source_bytes: read from the source's weights.
         written_bytes: of weights and adapter, written in this run.
@@ -22,8 +22,7 @@ class Timings:
     read_seconds: float = 0.0
     compute_seconds: float = 0.0
     write_seconds: float = 0.0
-    source_hash_seconds: float = 0.0
-    output_hash_seconds: float = 0.0
+    hash_seconds: float = 0.0
     source_bytes: int = 0
     written_bytes: int = 0
 
@@ -34,7 +33,7 @@ class Timings:
             "read": self.read_seconds,
             "compute": self.compute_seconds,
             "write": self.write_seconds,
-            "hash": max(self.source_hash_seconds, self.output_hash_seconds),
+            "hash": self.hash_seconds,
         }
         return max(stages, key=lambda stage: stages[stage])
 
@@ -129,3 +128,52 @@ class MergeReport:
     def as_json(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
+
+
+@dataclass(frozen=True)
+class SizeLine:
+    """A model in a type.
+
+    Attributes:
+        what: the type, or what was made.
+        nbytes: of all its files.
+        relative_error: ‖W − stored‖ / ‖W‖, root mean square over its weights or a sample of them.
+    """
+
+    what: str
+    nbytes: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """The result of `convert` to a GGUF, or of one.
+
+    Attributes:
+        dest: the finished file, or the folder of a split.
+        tensors: adapted tensors of an adapter, or tensors of a model that were encoded.
+        relative_error: largest ‖stored − exact‖ / ‖exact‖ over them; for an adapter of the products B·A.
+        usage: the commands that use the result.
+        sizes: what was made, where it is quantised, and then the same weights in other types.
+        warnings: what the user should look into.
+        resumed, complete_before, wall_seconds, timings, peak_memory: as in `Report`.
+    """
+
+    dest: Path
+    tensors: int
+    resumed: bool
+    complete_before: bool
+    wall_seconds: float
+    timings: Timings
+    relative_error: float
+    peak_memory: int | None
+    warnings: tuple[str, ...]
+    usage: str
+    sizes: tuple[SizeLine, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
+
+
+AnyReport = Report | LoraReport | MergeReport | GgufReport

@@ -11,6 +11,9 @@ from typing import Any
 from pissa_convert.engine.base_check import check_base
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import open_adapter
+from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+from pissa_convert.gguf_plan import GgufPlan
+from pissa_convert.gguf_requests import plan_merged_gguf, plan_split_gguf, plan_to_gguf
 from pissa_convert.init_planning import derived_init, stored_init
 from pissa_convert.linalg import Backend
 from pissa_convert.linalg.native import NativeBackend
@@ -22,12 +25,14 @@ from pissa_convert.merge_planning import plan_merge
 from pissa_convert.options import RunOptions, lora_options, merge_options, split_options
 from pissa_convert.planning import Plan, make_plan
 
+AnyPlan = Plan | LoraPlan | MergePlan | GgufAdapterPlan | GgufPlan
+
 _Path = str | os.PathLike[str]
 
 
 def plan_request(
     source: _Path, dest: _Path, to: str, options: dict[str, Any], run_options: RunOptions, backend: Backend
-) -> Plan | LoraPlan | MergePlan:
+) -> AnyPlan:
     """Plan a conversion.
 
     Args:
@@ -36,12 +41,16 @@ def plan_request(
     Raises:
         RequestError: the request is wrong in itself or does not fit the files.
     """
+    if to == "pissa" and Path(source).is_file():
+        return plan_split_gguf(source, dest, options, run_options, backend)
     if to == "pissa":
         _check_options(to, options, split_options)
         return make_plan(source, dest, to, split_options(**options), run_options, backend)
     if to == "lora":
         _check_options(to, options, lora_options, _INIT)
         return _plan_lora(Path(source), dest, options, run_options, backend)
+    if to == "merged" and Path(source).is_file():
+        return plan_merged_gguf(source, dest, options, run_options, backend.threads)
     if to == "merged":
         _check_options(to, options, merge_options, ("adapter",))
         adapter = options.pop("adapter", None)
@@ -49,7 +58,9 @@ def plan_request(
             raise RequestError("--to merged needs what to add to the model", fix="give --adapter")
         chosen = merge_options(**options)
         return check_base(plan_merge(source, adapter, dest, chosen, run_options, backend.threads))
-    raise RequestError("--to is unknown", expected="pissa, lora or merged", found=to)
+    if to == "gguf":
+        return plan_to_gguf(source, dest, options, run_options, backend.threads)
+    raise RequestError("--to is unknown", expected="pissa, lora, merged or gguf", found=to)
 
 
 def choose_backend(to: str, options: Mapping[str, Any], run_options: RunOptions) -> Backend:
@@ -58,7 +69,7 @@ def choose_backend(to: str, options: Mapping[str, Any], run_options: RunOptions)
     Raises:
         RequestError: a device is asked for that cannot be used, or has nothing to do.
     """
-    if to == "pissa" or options.get("base") is not None:
+    if to == "pissa" or (to == "lora" and options.get("base") is not None):
         return select_backend(run_options.device, run_options.threads, run_options.max_vram)
     for name, is_given in (("device", run_options.device not in ("auto", "cpu")), ("max-vram", run_options.max_vram)):
         if is_given:
@@ -91,7 +102,6 @@ def _plan_lora(
         raise RequestError(f"--{next(iter(origin)).replace('_', '-')} goes with --base")
     else:
         init = stored_init(kept)
-    workspace = max(
-        (backend.workspace_bytes(split.spec) + split.tensor.nbytes for split in init.derivations.values()), default=0
-    )
-    return plan_lora(trained, init, dest, chosen, run_options, backend.threads, workspace)
+    derived = init.derivations.values()
+    again = (backend.workspace_bytes(split.spec, backend.threads) + split.tensor.nbytes for split in derived)
+    return plan_lora(trained, init, dest, chosen, run_options, backend.threads, max(again, default=0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo
@@ -151,6 +152,26 @@ class Split:
 Step = Copy | Change
 
 
+class SourceFile(Protocol):
+    """A file of tensors, of whichever format."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+
+    @property
+    def header(self) -> bytes:
+        """Its first bytes, up to the first tensor."""
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """In the order of their bytes."""
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """One output shard: its header, then its steps in the order of their bytes, without gaps.
@@ -163,7 +184,7 @@ class ShardPlan:
         renamed: the output's name where it is not the source's.
     """
 
-    source: SafetensorsFile
+    source: SourceFile
     header: bytes
     size: int
     steps: tuple[Step, ...]
@@ -219,6 +240,11 @@ def steps_of(
 
 def _copy(tensors: list[TensorInfo], place: Callable[[TensorInfo], int]) -> Copy:
     return Copy(tensors[0].begin, tensors[-1].end, place(tensors[0]), tuple(tensor.name for tensor in tensors))
+
+
+def changes_of(shards: Iterable[ShardPlan]) -> Iterator[Change]:
+    """The steps whose bytes are transformed."""
+    return (step for shard in shards for step in shard.steps if not isinstance(step, Copy))
 
 
 def flights(shards: Iterable[ShardPlan]) -> Iterator[int]:

@@ -86,8 +86,8 @@ def decide(
     kinds = [kind_of(name, shape, architecture) for name, _, shape in known]
     refuse_quantised(known, config)
     everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-    wanted = None if everything else _matcher("--target-modules", targets)
-    unwanted = _matcher("--exclude-modules", exclude) if exclude else lambda module: False
+    wanted = None if everything else matcher("--target-modules", targets)
+    unwanted = matcher("--exclude-modules", exclude) if exclude else lambda module: False
     if wanted is not None:
         _refuse_absent_head(known, architecture, wanted, unwanted)
     decisions = tuple(
@@ -128,7 +128,12 @@ def _decide(tensor: Tensor, kind: Kind, module: str, wanted: Match | None, unwan
     return Decision(name, Action.SPLIT, kind.value, module, kind is Kind.CONV1D)
 
 
-def _matcher(option: str, given: str | Sequence[str]) -> Match:
+def matcher(option: str, given: str | Sequence[str]) -> Match:
+    """Whether a module is among those of --target-modules or --exclude-modules.
+
+    Raises:
+        RequestError: `given` is no regular expression; names the option.
+    """
     if not isinstance(given, str):
         names = tuple(given)
         return lambda module: any(module == name or module.endswith(f".{name}") for name in names)

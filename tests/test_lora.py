@@ -444,7 +444,9 @@ convert(sys.argv[1], sys.argv[3], "lora", init=sys.argv[2], threads=1)
 
 
 def test_a_killed_run_leaves_nothing_that_loads_and_is_done_again(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", KILLED, str(pair[0]), str(pair[1]), str(tmp_path / "out")], cwd=tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, str(pair[0]), str(pair[1]), str(tmp_path / "out")], cwd=tmp_path
+    )
     assert run.returncode == 9
     assert not any((tmp_path / "out" / name).exists() for name in ("adapter_config.json", "adapter_model.safetensors"))
     with pytest.raises(RequestError, match="--rank was different"):

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-
 from pissa_convert.engine.factors import FactorFile
 from pissa_convert.engine.reading import hash_file
 from pissa_convert.errors import RequestError
@@ -26,6 +24,7 @@ from pissa_convert.merge_changes import pairs_of
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.planning import ADAPTER_FOLDER
 from pissa_convert.transforms.delta import UNRELATED, Array, Product, difference
+from pissa_convert.transforms.repetition import REPEATED, distance_from_part
 
 _SAMPLE = 8
 """Modules whose factors are compared."""
@@ -38,10 +37,6 @@ _PROBES = 3
 
 _VALUES = 1 << 22
 """Values that are read of each, at most."""
-
-_REPEATED = 0.5
-"""‖W·Aᵀ − s·B·A·Aᵀ‖ / ‖s·B·A·Aᵀ‖ is 0 where s·B·A is a part of W that is still in W, 1 where it was taken out, and far
-larger for a change that training made."""
 
 _TRAINED_ON_RESIDUAL = "give the residual model that the adapter was trained on, or make a LoRA of it with --to lora"
 
@@ -168,18 +163,15 @@ def _check_not_repeated(plan: MergePlan) -> None:
             product = factors.product(pairs[name])
             if plan.changes.tensors[name].transposed:
                 product = Product(product.right.T, product.left.T)
-            weight = _first_rows(*homes[name])
-            expected = product.left[: len(weight)] @ (product.right @ product.right.T)
-            norm = float(np.linalg.norm(expected))
-            if norm:
-                found.append(float(np.linalg.norm(weight @ product.right.T - expected)) / norm)
-    if found and median(found) < _REPEATED:
+            found.append(distance_from_part(_first_rows(*homes[name]), product))
+    known = [distance for distance in found if distance is not None]
+    if known and median(known) < REPEATED:
         raise RequestError(
             "SOURCE still holds what the adapter took out of it: this is a principal adapter, and SOURCE its original",
             file=plan.source,
             tensor=names[0],
-            expected=f"‖W·Aᵀ − s·B·A·Aᵀ‖ / ‖s·B·A·Aᵀ‖ of about 1, as in a residual, or more (at least {_REPEATED})",
-            found=f"{median(found):.3f}",
+            expected=f"‖W·Aᵀ − s·B·A·Aᵀ‖ / ‖s·B·A·Aᵀ‖ of about 1, as in a residual, or more (at least {REPEATED})",
+            found=f"{median(known):.3f}",
             fix=_TRAINED_ON_RESIDUAL,
         )
 

@@ -7,7 +7,10 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
-_PAGE = 4096
+from pissa_convert.memory import PAGE, footprint
+
+_ELEMENT = 8
+"""Bytes of the widest value: a buffer begins at a multiple, whatever lies in the file."""
 
 
 class Cancelled(Exception):
@@ -16,12 +19,12 @@ class Cancelled(Exception):
 
 @dataclass(eq=False)
 class Buffer:
-    """Bytes `begin`:`end` of the arena; `view` is as long as was asked for and begins at a page."""
+    """Bytes `begin`:`end` of the arena, `view` among them; `holders` have to give it back until it is free."""
 
     view: memoryview
     begin: int
     end: int
-    is_held: bool = True
+    holders: int
 
 
 class Buffers:
@@ -32,9 +35,9 @@ class Buffers:
     """
 
     def __init__(self, budget: int) -> None:
-        self._capacity = -(-budget // _PAGE) * _PAGE
+        self._capacity = budget
         # Private: a shared mapping, which is mmap's default, is a file in memory and gets no huge pages.
-        arena = mmap.mmap(-1, self._capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        arena = mmap.mmap(-1, budget, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             arena.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults
         self._arena = memoryview(arena)
@@ -42,23 +45,45 @@ class Buffers:
         self._changed = threading.Condition()
         self._cancelled = False
 
-    def take(self, nbytes: int) -> Buffer:
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest buffer that can be taken."""
+        return self._capacity // PAGE * PAGE - footprint(0)
+
+    def take(self, nbytes: int, *, at: int = 0, holders: int = 1) -> Buffer:
         """A buffer of `nbytes` bytes of any content, once they fit (waits until then).
+
+        Args:
+            at: where the bytes lie in a file: the buffer begins as far into a page, so that the disk can take them
+                from where they are.
+            holders: that will each give it back.
 
         Raises:
             Cancelled: `cancel` was called.
             ValueError: it can never fit; the plan's budget covers every buffer that the plan needs.
         """
-        size = -(-max(nbytes, 1) // _PAGE) * _PAGE
+        with self._changed:
+            while (buffer := self._take(nbytes, at, holders)) is None:
+                self._changed.wait()
+        return buffer
+
+    def take_now(self, nbytes: int, *, at: int = 0, holders: int = 1) -> Buffer | None:
+        """The same without waiting: None where there is no room."""
+        with self._changed:
+            return self._take(nbytes, at, holders)
+
+    def _take(self, nbytes: int, at: int, holders: int) -> Buffer | None:
+        size = footprint(nbytes)
         if size > self._capacity:
             raise ValueError(f"a buffer of {nbytes} bytes in a budget of {self._capacity}")
-        with self._changed:
-            while (begin := self._place(size)) is None and not self._cancelled:
-                self._changed.wait()
-            if begin is None or self._cancelled:
-                raise Cancelled
-            buffer = Buffer(self._arena[begin : begin + nbytes], begin, begin + size)
-            self._buffers.append(buffer)
+        if self._cancelled:
+            raise Cancelled
+        begin = self._place(size)
+        if begin is None:
+            return None
+        first = begin + (at % PAGE if at % _ELEMENT == 0 else 0)
+        buffer = Buffer(self._arena[first : first + nbytes], begin, begin + size, holders)
+        self._buffers.append(buffer)
         return buffer
 
     def _place(self, size: int) -> int | None:
@@ -73,11 +98,13 @@ class Buffers:
         return end if end + size <= first else None  # free is end:first
 
     def give_back(self, buffer: Buffer) -> None:
-        """Return a buffer; nothing may look at it any more."""
-        buffer.view.release()
+        """Return a buffer; who calls this may not look at it any more."""
         with self._changed:
-            buffer.is_held = False
-            while self._buffers and not self._buffers[0].is_held:
+            buffer.holders -= 1
+            if buffer.holders:
+                return
+            buffer.view.release()
+            while self._buffers and not self._buffers[0].holders:
                 self._buffers.popleft()
             self._changed.notify_all()
 

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from pissa_convert.engine.files import PARTIAL, sync_folder
-from pissa_convert.engine.journal import JOURNAL_NAME, Journal
+from pissa_convert.engine.journal import Journal, journal_name
 from pissa_convert.engine.reading import check_file
 from pissa_convert.errors import RequestError
-from pissa_convert.formats.manifest import MANIFEST_NAME, read_manifest
+from pissa_convert.formats.manifest import manifest_name, read_manifest
 
 
 class Work(Protocol):
@@ -22,7 +22,11 @@ class Work(Protocol):
 
     @property
     def dest(self) -> Path:
-        """The folder to make."""
+        """The folder to make, or that of the one file to make."""
+
+    @property
+    def alone(self) -> str | None:
+        """The name of the one file to make, in a folder that may hold others; None where the folder is the result."""
 
     @property
     def output_sizes(self) -> Mapping[str, int]:
@@ -49,8 +53,10 @@ def check(plan: Work, overwrite: bool) -> None:
     """
     dest = plan.dest
     names = os.listdir(dest) if dest.exists() else []
-    ours = JOURNAL_NAME in names or MANIFEST_NAME in names
-    if names and not ours:
+    ours = journal_name(plan.alone) in names or manifest_name(plan.alone) in names
+    if plan.alone is not None:
+        _check_file(dest / plan.alone, ours)
+    elif names and not ours:
         raise RequestError(
             "DEST is not empty and holds no earlier conversion",
             file=dest,
@@ -58,6 +64,18 @@ def check(plan: Work, overwrite: bool) -> None:
             fix="choose a new folder, or empty this one" + (" (--overwrite only replaces conversions)" * overwrite),
         )
     _check_space(plan)
+
+
+def _check_file(path: Path, ours: bool) -> None:
+    if path.is_dir():
+        raise RequestError("DEST is a folder", file=path, expected="the name of a file to make")
+    if os.path.lexists(path) and not ours:
+        raise RequestError(
+            "DEST exists and was not made by pissa-convert",
+            file=path,
+            expected=f"{manifest_name(path.name)} beside it",
+            fix="choose a new name, or remove it",
+        )
 
 
 def _check_space(plan: Work) -> None:
@@ -87,12 +105,12 @@ def begin(plan: Work, journal: Journal, overwrite: bool) -> State:
         RequestError: an interrupted run was made with other options or sources; the message names what changed.
     """
     if overwrite:
-        _remove_earlier(plan.dest, journal)
+        _remove_earlier(plan, journal)
         journal.restart()
     elif journal.entries:
         _check_fingerprint(plan, journal.entries[0].get("fingerprint", {}))
         return State.RESUMED
-    elif (plan.dest / MANIFEST_NAME).exists():
+    elif (plan.dest / manifest_name(plan.alone)).exists():
         return State.COMPLETE
     journal.append({"fingerprint": plan.fingerprint, "files": sorted(plan.output_sizes)}, durable=True)
     sync_folder(plan.dest)
@@ -100,7 +118,7 @@ def begin(plan: Work, journal: Journal, overwrite: bool) -> State:
 
 
 def verify_complete(
-    dest: Path, head: Mapping[str, Any], sources: Mapping[str, Path], derived: Collection[str] = ()
+    plan: Work, head: Mapping[str, Any], sources: Mapping[str, Path], derived: Collection[str] = ()
 ) -> Mapping[str, Mapping[str, Any]]:
     """Check that a finished destination is what a plan would make, by the digests of every file on both sides.
 
@@ -115,8 +133,9 @@ def verify_complete(
     Raises:
         RequestError: it is not; the message names the first difference.
     """
-    manifest = read_manifest(dest / MANIFEST_NAME)
-    fix = "choose a new folder, or replace this one with --overwrite"
+    dest = plan.dest
+    manifest = read_manifest(dest / manifest_name(plan.alone))
+    fix = "choose a new name for DEST, or replace it with --overwrite"
     for name, value in head.items():
         if manifest.head[name] != json.loads(json.dumps(value)):
             raise RequestError(
@@ -150,15 +169,16 @@ def _describe(value: object) -> str:
     return "none" if value is None else json.dumps(value)
 
 
-def _remove_earlier(dest: Path, journal: Journal) -> None:
+def _remove_earlier(plan: Work, journal: Journal) -> None:
     """Remove what an earlier conversion wrote, and nothing else; what makes the folder load goes first."""
-    names: set[str] = {MANIFEST_NAME}
+    dest, manifest = plan.dest, manifest_name(plan.alone)
+    names: set[str] = {manifest}
     if journal.entries:
         names.update(journal.entries[0].get("files", []))
     # There may be no manifest, or not one that could name files.
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        names.update(json.loads((dest / MANIFEST_NAME).read_bytes())["output"])
-    for name in sorted(names, key=lambda name: (name not in (MANIFEST_NAME, "config.json"), name)):
+        names.update(json.loads((dest / manifest).read_bytes())["output"])
+    for name in sorted(names, key=lambda name: (name not in (manifest, "config.json"), name)):
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts:
             continue  # a manifest is only a file: it cannot point us outside

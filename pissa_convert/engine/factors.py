@@ -36,11 +36,15 @@ class FactorFile:
     ) -> None:
         os.close(self._descriptor)
 
+    def bytes(self, begin: int, count: int) -> memoryview:
+        """`count` bytes of the file."""
+        data = memoryview(bytearray(count))
+        read_exactly(self._descriptor, begin, data, self.path)
+        return data
+
     def raw(self, tensor: TensorInfo, begin: int, end: int) -> memoryview:
         """Bytes `begin`:`end` of a tensor's data."""
-        data = memoryview(bytearray(end - begin))
-        read_exactly(self._descriptor, tensor.begin + begin, data, self.path)
-        return data
+        return self.bytes(tensor.begin + begin, end - begin)
 
     def values(self, tensor: TensorInfo) -> Array:
         """A tensor in float64.

@@ -22,6 +22,11 @@ JOURNAL_NAME = ".pissa-convert.journal"
 Entry = dict[str, Any]
 
 
+def journal_name(alone: str | None) -> str:
+    """What the journal is called in the folder of a result, or beside a result that is one file of that name."""
+    return JOURNAL_NAME if alone is None else f".{alone}{JOURNAL_NAME}"
+
+
 def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text).hexdigest()[:32].encode()
 
@@ -46,6 +51,10 @@ def _read_entries(data: bytes) -> tuple[list[Entry], int]:
     return entries, valid
 
 
+def _result_of(journal: Path) -> Path:
+    return journal.parent / journal.name.removesuffix(JOURNAL_NAME).removeprefix(".")
+
+
 def _open_locked(path: Path) -> int:
     while True:
         try:
@@ -60,21 +69,25 @@ def _open_locked(path: Path) -> int:
         except OSError as error:
             os.close(descriptor)
             raise RequestError(
-                "another pissa-convert is working on this DEST", file=path.parent, fix="wait for it to finish"
+                "another pissa-convert is working on this DEST", file=_result_of(path), fix="wait for it to finish"
             ) from error
 
 
 class Journal:
     """An append-only record in the destination folder. A context manager; leaving it releases the lock."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, alone: str | None = None) -> None:
         """Open or create the journal and lock it.
+
+        Args:
+            folder: of the result.
+            alone: the result's name, where it is one file.
 
         Raises:
             RequestError: another process is working on this destination.
             ConversionError: the journal cannot be written.
         """
-        self.path = folder / JOURNAL_NAME
+        self.path = folder / journal_name(alone)
         self._descriptor = _open_locked(self.path)
         size = os.fstat(self._descriptor).st_size
         self.entries, valid = _read_entries(os.pread(self._descriptor, size, 0))

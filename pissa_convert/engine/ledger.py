@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pissa_convert.engine.journal import Entry, Journal
 from pissa_convert.engine.recovery import Progress
 from pissa_convert.engine.work import ModelPlan, Shard
+from pissa_convert.engine.writer import StepDone
 from pissa_convert.errors import ConversionError
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.report import Timings
-from pissa_convert.steps import Copy, ShardPlan, Stats
+from pissa_convert.steps import Copy, ShardPlan
 
 ProgressCallback = Callable[[int, int, Timings], None]
 """Called with the bytes of source that are done, the bytes in all, and the stages' timings so far."""
@@ -40,9 +40,9 @@ class Ledger:
         if self._progress is not None:
             self._progress(self._finished, self._total, self.timings)
 
-    def step_done(self, shard: Shard, index: int, sha256: str, side: str, stats: Stats) -> None:
+    def step_done(self, shard: Shard, step: StepDone) -> None:
         """A step's bytes are written: see `Sink.step_done`."""
-        self.add(shard.plan, step_entry(shard.plan, index, sha256, side, stats.as_json()))
+        self.add(shard.plan, step_entry(shard.plan, step))
 
     def add(self, shard: ShardPlan, entry: Entry) -> None:
         """Note a step's journal entry."""
@@ -65,9 +65,16 @@ class Ledger:
         self.done.outputs[shard.name] = FileRecord(shard.size, sha256)
 
 
-def step_entry(shard: ShardPlan, index: int, sha256: str, side: str, stats: Mapping[str, Any]) -> Entry:
+def step_entry(shard: ShardPlan, step: StepDone) -> Entry:
     """The journal's line for a step."""
-    return {"shard": shard.name, "step": index, "sha256": sha256, "side": side, "stats": dict(stats)}
+    return {
+        "shard": shard.name,
+        "step": step.index,
+        "source": step.source,
+        "sha256": step.output,
+        "side": step.side,
+        "stats": step.stats.as_json(),
+    }
 
 
 def _check_recorded(plan: ModelPlan, path: Path, found: FileRecord) -> None:

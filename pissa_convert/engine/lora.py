@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
 from pissa_convert.engine import destination
-from pissa_convert.engine.destination import State
+from pissa_convert.engine.destination import State, Work
 from pissa_convert.engine.factors import FactorFile, InitFactors
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
+from pissa_convert.engine.ordered import Appender, ProgressCallback, in_order
 from pissa_convert.engine.reading import hash_file
 from pissa_convert.errors import ConversionError, RequestError
 from pissa_convert.formats.adapter import WEIGHTS_NAME
@@ -33,8 +33,6 @@ from pissa_convert.memory import chunks, peak_resident_bytes
 from pissa_convert.report import LoraReport, Timings
 from pissa_convert.transforms.delta import UNRELATED
 from pissa_convert.transforms.lora import ModuleInput, new_factors, wanted_rank
-
-ProgressCallback = Callable[[int, int, Timings], None]
 
 _T = TypeVar("_T")
 
@@ -68,7 +66,7 @@ def run_lora(
         if state is State.COMPLETE:
             try:
                 entries = destination.verify_complete(
-                    plan.dest, plan.head, plan.sources, [INIT_WEIGHTS] if plan.init.derivations else []
+                    plan, plan.head, plan.sources, [INIT_WEIGHTS] if plan.init.derivations else []
                 )
             finally:
                 journal.remove()
@@ -100,32 +98,22 @@ def _convert(
     progress: ProgressCallback | None,
 ) -> dict[str, ModuleResult]:
     if plan.options.rank == "auto":
-        wanted = dict(_in_order(plan, wanted_rank, backend, timings))
+        wanted = dict(lora_results(plan, wanted_rank, backend, timings))
         plan = replace(plan, ranks=choose_ranks(plan.modules, wanted, plan.options))
     results: dict[str, ModuleResult] = {}
-    digest = hashlib.sha256()
     with PartialFile(plan.dest / WEIGHTS_NAME, plan.size) as file, FactorFile(plan.trained.file.path) as trained:
-
-        def write(data: bytes | memoryview, begin: int) -> None:
-            started = time.perf_counter()
-            file.write(data, begin)
-            digest.update(data)
-            timings.write_seconds += time.perf_counter() - started
-            timings.written_bytes += len(data)
-            if progress is not None:
-                progress(begin + len(data), plan.size, timings)
-
-        write(plan.header, 0)
-        for name, (result, stored) in _in_order(plan, new_factors, backend, timings, sources):
+        output = Appender(file, timings, progress)
+        output.write(plan.header, 0)
+        for name, (result, stored) in lora_results(plan, new_factors, backend, timings, sources):
             results[name] = result
             for slot, data in zip(plan.slots[name], stored, strict=True):
-                write(data, slot.begin)
+                output.write(data, slot.begin)
         for slot, tensor in zip(plan.carried_slots, plan.trained.carried.values(), strict=True):
             for begin, end in chunks(0, tensor.nbytes):
-                write(trained.raw(tensor, begin, end), slot.begin + begin)
-        _check_unchanged(plan, before)
+                output.write(trained.raw(tensor, begin, end), slot.begin + begin)
+        check_unchanged(plan, before)
         file.commit()
-    outputs = {WEIGHTS_NAME: FileRecord(plan.size, digest.hexdigest())}
+    outputs = {WEIGHTS_NAME: output.record}
     texts = {name: (plan.trained.root / name).read_bytes() for name in plan.companions} | plan.texts
     for name, text in texts.items():
         write_file(plan.dest / name, text)
@@ -134,43 +122,19 @@ def _convert(
     return results
 
 
-_Work = Callable[[LoraPlan, ModuleInput], _T]
-
-
-def _in_order(
+def lora_results(
     plan: LoraPlan,
-    work: _Work[_T],
+    work: Callable[[LoraPlan, ModuleInput], _T],
     backend: Backend | None,
     timings: Timings,
     sources: dict[str, FileRecord] | None = None,
 ) -> Iterator[tuple[str, _T]]:
     """`work` on every module, by name, in the plan's order, a few at once; `sources` gets a derived init's record."""
-    waiting: deque[tuple[str, Future[_T]]] = deque()
-
-    def first() -> tuple[str, _T]:
-        started = time.perf_counter()
-        name, future = waiting.popleft()
-        value = future.result()
-        timings.compute_seconds += time.perf_counter() - started
-        return name, value
-
-    with (
-        InitFactors(plan.init, backend) as init,
-        FactorFile(plan.trained.file.path) as trained,
-        ThreadPoolExecutor(plan.in_flight, "module") as pool,
-    ):
-        try:
-            for module in plan.modules:
-                if len(waiting) == plan.in_flight:
-                    yield first()
-                started = time.perf_counter()
-                given = _read(module, trained, init)
-                timings.read_seconds += time.perf_counter() - started
-                waiting.append((module.name, pool.submit(work, plan, given)))
-            while waiting:
-                yield first()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    with InitFactors(plan.init, backend) as init, FactorFile(plan.trained.file.path) as trained:
+        for module, made in in_order(
+            plan.modules, lambda module: _read(module, trained, init), partial(work, plan), plan.in_flight, timings
+        ):
+            yield module.name, made
         if plan.init.derivations and sources is not None:
             sources[INIT_WEIGHTS] = init.record()
 
@@ -185,7 +149,7 @@ def _read(module: Module, trained: FactorFile, init: InitFactors) -> ModuleInput
     )
 
 
-def _check_unchanged(plan: LoraPlan, before: Mapping[str, Any]) -> None:
+def check_unchanged(plan: Work, before: Mapping[str, Any]) -> None:
     """What was read while working is what was hashed: nothing has changed since before either."""
     now = plan.fingerprint
     for name, value in before.items():

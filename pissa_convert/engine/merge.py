@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +11,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pissa_convert.engine.factors import FactorFile
+from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.run import ProgressCallback, carry_out
-from pissa_convert.engine.work import Transform
 from pissa_convert.engine.workers import Workers
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.safetensors import TensorInfo
@@ -53,10 +53,10 @@ def run_merge(
 
 
 @contextmanager
-def merge_lanes(plan: MergePlan, backend: Backend) -> Iterator[Sequence[Transform]]:
-    """Lanes that merge, with one BLAS thread in each: so the number of lanes changes no byte."""
+def merge_lanes(plan: MergePlan, backend: Backend) -> Iterator[MakeTransform]:
+    """Makes lanes that merge, with one BLAS thread in each: so the number of lanes changes no byte."""
     with FactorFile(plan.adapter.file.path) as factors, threadpool_limits(1, user_api="blas"):
-        yield [MergeLane(factors) for _ in range(plan.memory.lanes)]
+        yield lambda threads: MergeLane(factors)
 
 
 @dataclass

@@ -28,7 +28,7 @@ _SINGLE = 1e-6
 """What adding up in float32 may have cost."""
 
 
-class _Side:
+class Side:
     """A file that is read in order and hashed on the way."""
 
     def __init__(self, path: Path, seen: Callable[[int], None]) -> None:
@@ -67,7 +67,7 @@ def compare_merged(
         found = path.stat().st_size if path.is_file() else "no file"
         if found != size:
             return [FormatError("the size differs", file=path, expected=f"{size} bytes", found=found)], []
-    old, new = _Side(shard.source.path, seen), _Side(plan.dest / shard.name, seen)
+    old, new = Side(shard.source.path, seen), Side(plan.dest / shard.name, seen)
     try:
         with FactorFile(plan.adapter.file.path) as factors:
             findings, errors = _compare(plan, shard, manifest, MergeLane(factors), (old, new))
@@ -83,7 +83,7 @@ def compare_merged(
 
 
 def _compare(
-    plan: MergePlan, shard: ShardPlan, manifest: Manifest, lane: MergeLane, sides: tuple[_Side, _Side]
+    plan: MergePlan, shard: ShardPlan, manifest: Manifest, lane: MergeLane, sides: tuple[Side, Side]
 ) -> tuple[list[PissaError], list[float]]:
     old, new = sides
     findings: list[PissaError] = []

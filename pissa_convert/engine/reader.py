@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import queue
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from pissa_convert.engine.buffers import Buffers, Cancelled
-from pissa_convert.engine.hashing import HashThread
+from pissa_convert.engine.buffers import Buffer, Buffers, Cancelled
+from pissa_convert.engine.digest import Digest, sha256
+from pissa_convert.engine.hashing import Hashing, Ticket
 from pissa_convert.engine.lanes import Lanes
-from pissa_convert.engine.reading import open_to_read, read_exactly
+from pissa_convert.engine.reading import hash_file, open_to_read, read_exactly
 from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard
 from pissa_convert.errors import ConversionError
-from pissa_convert.memory import chunks
+from pissa_convert.memory import CHUNK, chunks
 from pissa_convert.report import Timings
 from pissa_convert.steps import Copy
 
@@ -27,7 +27,7 @@ class Reader:
     """Puts the work on `items`, and on `lanes` what is to be transformed."""
 
     buffers: Buffers
-    hashing: HashThread
+    hashing: Hashing
     lanes: Lanes
     items: queue.Queue[Item]
     timings: Timings
@@ -50,60 +50,85 @@ class Reader:
     def _read_shard(self, shard: Shard, source: int) -> None:
         self.items.put(Begin(shard))
         path = shard.plan.source.path
-        _check_unchanged(shard, source)
+        before = _check_unchanged(shard, source)
         os.posix_fadvise(source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        digest = hashlib.sha256()
-        self._hash_prefix(shard, source, digest)
+        digest = sha256()
+        hashed = self._hash_prefix(shard, source, digest)
         for index, step in enumerate(shard.plan.steps):
             if index < shard.steps_done:
                 continue
             if isinstance(step, Copy):
                 for begin, end in chunks(step.begin, step.end):
-                    buffer = self.buffers.take(end - begin)
-                    hashed = self._read(source, begin, buffer.view[:], path, digest)
-                    self.items.put(Chunk(step.at + begin - step.begin, buffer, hashed))
+                    at = step.at + begin - step.begin
+                    buffer = self._take(end - begin, at, Chunk.HOLDERS)
+                    hashed = self._read(
+                        source, begin, buffer.view[:], path, digest, partial(self.buffers.give_back, buffer)
+                    )
+                    self.items.put(Chunk(at, buffer))
             else:
-                buffer = self.buffers.take(step.nbytes)
+                buffer = self._take(step.nbytes, step.at - step.result.start, Result.HOLDERS)
                 hashed = self._read(source, step.begin, buffer.view[: step.end - step.begin], path, digest)
-                self.items.put(Result(index, step, buffer, self.lanes.submit(step, path, buffer, hashed)))
-        _check_unchanged(shard, source)
-        self.items.put(End(self.hashing.finish(digest)))
+                self.items.put(Result(index, step, buffer, hashed, self.lanes.submit(step, path, buffer, hashed)))
+        after = _check_unchanged(shard, source)
+        # A file can be written to and get its old mtime back, but not its ctime, which a mere chmod changes too.
+        if after.st_ctime_ns != before.st_ctime_ns and hash_file(path).sha256 != hashed.sha256():
+            raise _changed(path, "while it was read")
+        self.items.put(End(hashed))
 
-    def _hash_prefix(self, shard: Shard, source: int, digest: hashlib._Hash) -> None:
+    def _take(self, nbytes: int, at: int, holders: int) -> Buffer:
+        buffer = self.buffers.take_now(nbytes, at=at, holders=holders)
+        if buffer is None:
+            with self.hashing.pressed():
+                buffer = self.buffers.take(nbytes, at=at, holders=holders)
+        return buffer
+
+    def _hash_prefix(self, shard: Shard, source: int, digest: Digest) -> Ticket:
         """The header, and the source of what an earlier run has done: hashed again, but not worked on again."""
         plan = shard.plan
         header = bytearray(len(plan.source.header))
-        self._read(source, 0, memoryview(header), plan.source.path, digest).result()
+        hashed = self._read(source, 0, memoryview(header), plan.source.path, digest)
+        hashed.wait()
         if header != plan.source.header:
-            raise _changed(plan.source.path)
-        for begin, end in chunks(len(header), shard.offset):
-            scratch = self.buffers.take(end - begin)
-            self._read(source, begin, scratch.view[:], plan.source.path, digest).result()
-            self.buffers.give_back(scratch)
+            raise _changed(plan.source.path, "since the work was planned")
+        # What lies between two tensors may be longer than any buffer that the plan has accounted for.
+        size = min(CHUNK, self.buffers.largest)
+        for begin in range(len(header), shard.offset, size):
+            scratch = self._take(min(size, shard.offset - begin), 0, 1)
+            give_back = partial(self.buffers.give_back, scratch)
+            hashed = self._read(source, begin, scratch.view[:], plan.source.path, digest, give_back)
+        if shard.source_sha256 not in (None, hashed.sha256()):
+            raise _changed(plan.source.path, "since the interrupted run")
+        return hashed
 
-    def _read(self, source: int, begin: int, view: memoryview, path: Path, digest: hashlib._Hash) -> Future[None]:
-        """Fill `view`, which is then hashed and released; the future says when."""
+    def _read(
+        self,
+        source: int,
+        begin: int,
+        view: memoryview,
+        path: Path,
+        digest: Digest,
+        then: Callable[[], None] | None = None,
+    ) -> Ticket:
+        """Fill `view`, which is then hashed and released, and `then` called; the ticket says when."""
         started = time.perf_counter()
         for at, end in chunks(0, len(view)):
             piece = view[at:end]
             read_exactly(source, begin + at, piece, path)
-            hashed = self.hashing.feed(digest, piece)
+            hashed = self.hashing.feed(self.hashing.source, digest, piece, then if end == len(view) else None)
         self.timings.read_seconds += time.perf_counter() - started
         self.timings.source_bytes += len(view)
-        self.timings.source_hash_seconds = self.hashing.seconds
+        self.timings.hash_seconds = self.hashing.seconds
         view.release()
         return hashed
 
 
-def _changed(path: Path) -> ConversionError:
+def _changed(path: Path, since: str) -> ConversionError:
     return ConversionError(
-        "the source file has changed since the work was planned",
-        file=path,
-        fix="restore it, or start over with --overwrite",
+        f"the source file has changed {since}", file=path, fix="restore it, or start over with --overwrite"
     )
 
 
-def _check_unchanged(shard: Shard, source: int) -> None:
+def _check_unchanged(shard: Shard, source: int) -> os.stat_result:
     path = shard.plan.source.path
     status = os.fstat(source)
     try:
@@ -111,4 +136,5 @@ def _check_unchanged(shard: Shard, source: int) -> None:
     except OSError:
         same_file = False
     if not same_file or [status.st_size, status.st_mtime_ns] != list(shard.expected):
-        raise _changed(path)
+        raise _changed(path, "since the work was planned")
+    return status

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from pissa_convert.engine.digest import Digest, sha256
 from pissa_convert.errors import ConversionError, FormatError, PissaError
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.memory import CHUNK, chunks
@@ -35,7 +35,7 @@ def read_exactly(descriptor: int, begin: int, view: memoryview, path: Path) -> N
         done += count
 
 
-def hash_range(descriptor: int, begin: int, end: int, path: Path, digest: hashlib._Hash, scratch: memoryview) -> None:
+def hash_range(descriptor: int, begin: int, end: int, path: Path, digest: Digest, scratch: memoryview) -> None:
     """Feed bytes `begin`:`end` of an open file to `digest` through `scratch` (any size of at least one chunk)."""
     for at, stop in chunks(begin, end):
         view = scratch[: stop - at]
@@ -61,7 +61,7 @@ def hash_file(path: Path, seen: Callable[[int], None] | None = None) -> FileReco
     Raises:
         ConversionError: it cannot be opened or read.
     """
-    digest = hashlib.sha256()
+    digest = sha256()
     descriptor = open_to_read(path)
     scratch = memoryview(bytearray(CHUNK))
     try:

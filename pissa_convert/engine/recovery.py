@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pissa_convert.engine.digest import sha256
 from pissa_convert.engine.files import partial_path
 from pissa_convert.engine.journal import Entry
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
@@ -35,7 +35,7 @@ class Progress:
 
 def side_digest(file: Slots | None, step: Change) -> str:
     """Digest of what a step has in the file beside the shards (A and B, for a split), as it lies there."""
-    digest = hashlib.sha256()
+    digest = sha256()
     for _, slot in step.beside:
         data = memoryview(bytearray(slot.nbytes))
         assert file is not None
@@ -103,7 +103,7 @@ def recover_prefix(plan: ModelPlan, shard: ShardPlan, done: Mapping[int, Entry],
     if not done or not partial.is_file() or partial.stat().st_size != shard.size:
         return fresh
     scratch = memoryview(bytearray(CHUNK))
-    digest = hashlib.sha256()
+    digest = sha256()
     kept = fresh
     descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -116,7 +116,7 @@ def recover_prefix(plan: ModelPlan, shard: ShardPlan, done: Mapping[int, Entry],
                 entry = done[index]
                 if digest.hexdigest() != entry["sha256"] or side_digest(beside, step) != entry["side"]:
                     break
-                kept = Shard(shard, expected, index + 1, digest.copy())
+                kept = Shard(shard, expected, index + 1, digest.copy(), entry["source"])
     finally:
         os.close(descriptor)
     return kept

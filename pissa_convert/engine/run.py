@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,20 +18,22 @@ from typing import Any
 
 from pissa_convert.engine import destination
 from pissa_convert.engine.destination import State
+from pissa_convert.engine.digest import sha256, update_both
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
+from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.ledger import Ledger, ProgressCallback
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
-from pissa_convert.engine.recovery import recover, side_digest
-from pissa_convert.engine.work import ModelPlan, Transform
+from pissa_convert.engine.recovery import recover
+from pissa_convert.engine.work import ModelPlan
 from pissa_convert.engine.workers import MakeLanes, Workers, open_beside
 from pissa_convert.errors import ConversionError
-from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, read_manifest
+from pissa_convert.formats.manifest import FileRecord, manifest_name, read_manifest
 from pissa_convert.linalg import Backend
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
 from pissa_convert.planning import Plan
 from pissa_convert.report import Report, Timings
-from pissa_convert.steps import Copy
+from pissa_convert.steps import changes_of
 from pissa_convert.transforms.split import split_step
 
 __all__ = ["Outcome", "ProgressCallback", "carry_out", "run", "split_lanes"]
@@ -81,9 +83,9 @@ def run(plan: Plan, workers: Workers, *, overwrite: bool = False, progress: Prog
 
 
 @contextmanager
-def split_lanes(plan: Plan, backend: Backend) -> Iterator[Sequence[Transform]]:
-    """Lanes that split, each with its share of the backend."""
-    yield [partial(split_step, backend=lane) for lane in backend.share(plan.memory.lanes)]
+def split_lanes(plan: Plan, backend: Backend) -> Iterator[MakeTransform]:
+    """Makes lanes that split."""
+    yield lambda threads: partial(split_step, backend=backend.with_threads(threads))
 
 
 def carry_out(
@@ -112,11 +114,11 @@ def carry_out(
         plan.dest.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(error, plan.dest) from error
-    with Journal(plan.dest) as journal:
+    with Journal(plan.dest, plan.alone) as journal:
         state = destination.begin(plan, journal, overwrite)
         if state is State.COMPLETE:
             try:
-                tensors = destination.verify_complete(plan.dest, plan.head, plan.sources)
+                tensors = destination.verify_complete(plan, plan.head, plan.sources)
             finally:
                 journal.remove()
         else:
@@ -146,25 +148,37 @@ def _convert(
         done.outputs[name] = _copy_file(plan, name, done.sources[name])
     for name, text in plan.last_texts.items():
         done.outputs[name] = _write_text(plan.dest / name, text)
-    write_file(plan.dest / MANIFEST_NAME, plan.manifest(done.sources, done.outputs, done.stats))
+    manifest = plan.dest / manifest_name(plan.alone)
+    write_file(manifest, plan.manifest(done.sources, done.outputs, done.stats))
     journal.remove()
-    return read_manifest(plan.dest / MANIFEST_NAME).tensors, ledger.timings
+    return read_manifest(manifest).tensors, ledger.timings
 
 
 def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str]) -> FileRecord:
-    """Read the file beside the shards back, which proves each slot and gives its digest, and commit it."""
-    for step in (step for shard in plan.shards for step in shard.steps if not isinstance(step, Copy)):
-        if side_digest(file, step) != sides[step.key]:
+    """Read the file beside the shards back, which proves each slot and gives its digest, and commit it.
+
+    Its slots lie in the order of the steps.
+    """
+    whole, at = sha256(), 0
+    scratch = memoryview(bytearray(CHUNK))
+    for step in changes_of(plan.shards):
+        side = sha256()
+        for _, slot in step.beside:
+            hash_range(file.descriptor, at, slot.begin, file.partial, whole, scratch)
+            for begin, at in chunks(slot.begin, slot.end):
+                view = scratch[: at - begin]
+                read_exactly(file.descriptor, begin, view, file.partial)
+                update_both(side, view, whole, view)
+        if side.hexdigest() != sides[step.key]:
             raise ConversionError(
                 "what was written reads back differently",
                 file=file.partial,
                 tensor=step.tensor,
                 fix="check the disk, then run the same command again to continue",
             )
-    digest = hashlib.sha256()
-    hash_range(file.descriptor, 0, file.size, file.partial, digest, memoryview(bytearray(CHUNK)))
+    hash_range(file.descriptor, at, file.size, file.partial, whole, scratch)
     file.commit()
-    return FileRecord(file.size, digest.hexdigest())
+    return FileRecord(file.size, whole.hexdigest())
 
 
 def _write_text(path: Path, data: bytes) -> FileRecord:
@@ -174,7 +188,7 @@ def _write_text(path: Path, data: bytes) -> FileRecord:
 
 def _copy_file(plan: ModelPlan, name: str, record: FileRecord) -> FileRecord:
     """Copy an auxiliary file; what is written must be what was hashed."""
-    digest = hashlib.sha256()
+    digest = sha256()
     source = plan.sources[name]
     with open(source, "rb", buffering=0) as reader, PartialFile(plan.dest / name, record.size) as file:
         for begin, end in chunks(0, record.size):

@@ -20,10 +20,9 @@ from pissa_convert.engine.pipeline import run_pipeline
 from pissa_convert.engine.recovery import recover_prefix
 from pissa_convert.engine.work import ModelPlan, Shard
 from pissa_convert.engine.workers import MakeLanes
-from pissa_convert.engine.writer import Sink
+from pissa_convert.engine.writer import Sink, StepDone
 from pissa_convert.linalg import Backend
 from pissa_convert.report import Timings
-from pissa_convert.steps import Stats
 
 _PAGE = 4096
 
@@ -60,10 +59,10 @@ def make_shard(
     shard, timings = plan.shards[number], Timings()
     entries: list[Entry] = []
     digests: list[str] = []
-    with _open_shared(plan) as beside, make_lanes(plan, backend) as lanes:
+    with _open_shared(plan) as beside, make_lanes(plan, backend) as make:
 
-        def step_done(work: Shard, index: int, sha256: str, side: str, stats: Stats) -> None:
-            entries.append(step_entry(shard, index, sha256, side, stats.as_json()))
+        def step_done(work: Shard, step: StepDone) -> None:
+            entries.append(step_entry(shard, step))
 
         def shard_written(work: Shard, source_sha256: str, file: PartialFile) -> None:
             if beside is not None:
@@ -73,7 +72,7 @@ def make_shard(
 
         work = recover_prefix(plan, shard, {entry["step"]: entry for entry in before}, beside)
         sink = Sink(beside, step_done, shard_written, lambda nbytes: None)
-        run_pipeline([work], plan.dest, lanes, plan.memory.budget, sink, timings)
+        run_pipeline([work], plan.dest, make, plan.memory, sink, timings)
     sha256, source_sha256 = digests
     return ShardDone(entries, sha256, source_sha256, timings, tuple(backend.warnings))
 

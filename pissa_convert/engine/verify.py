@@ -17,10 +17,10 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from pissa_convert.engine.journal import JOURNAL_NAME
+from pissa_convert.engine.journal import journal_name
 from pissa_convert.engine.verify_jobs import Origins, jobs
 from pissa_convert.errors import DamageError, FormatError, PissaError, RequestError
-from pissa_convert.formats.manifest import MANIFEST_NAME, Manifest, read_manifest
+from pissa_convert.formats.manifest import MANIFEST_NAME, Manifest, manifest_name, read_manifest
 from pissa_convert.memory import peak_resident_bytes
 
 _WORKERS = 4
@@ -64,7 +64,7 @@ def verify(dest: Path, origins: Origins, *, threads: int, progress: Progress | N
     """Check a finished conversion; nothing is written.
 
     Args:
-        dest: the folder that `convert` made.
+        dest: the folder or file that `convert` made.
         origins: what it was made from, to compare with.
         threads: at most this many files are read at once.
         progress: told of the bytes that are done.
@@ -74,9 +74,10 @@ def verify(dest: Path, origins: Origins, *, threads: int, progress: Progress | N
         DamageError: something differs; it lists everything that does.
     """
     started = time.perf_counter()
-    _check_request(dest, origins.source)
+    folder, alone = (dest, None) if dest.is_dir() else (dest.parent, dest.name)
+    _check_request(dest, folder, alone, origins.source)
     try:
-        manifest = read_manifest(dest / MANIFEST_NAME)
+        manifest = read_manifest(folder / manifest_name(alone))
     except FormatError as error:
         raise DamageError(dest, [error]) from error
     origins.check(manifest, dest)
@@ -85,7 +86,7 @@ def verify(dest: Path, origins: Origins, *, threads: int, progress: Progress | N
     errors: list[float] = []
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(threads, _WORKERS), "verify") as pool:
         try:
-            for found, measured in pool.map(lambda job: job(), jobs(dest, origins, manifest, seen)):
+            for found, measured in pool.map(lambda job: job(), jobs(folder, origins, manifest, seen)):
                 findings += found
                 errors += measured
         except BaseException:
@@ -100,22 +101,23 @@ def verify(dest: Path, origins: Origins, *, threads: int, progress: Progress | N
         files=len(manifest.output) + 1,
         tensors=len(errors),
         relative_error=max(errors, default=None),
-        unexpected=_unexpected(dest, manifest),
+        unexpected=_unexpected(dest, manifest) if alone is None else (),
         wall_seconds=time.perf_counter() - started,
         peak_memory=peak_resident_bytes(),
     )
 
 
-def _check_request(dest: Path, source: Path | None) -> None:
-    if not (dest / MANIFEST_NAME).is_file():
-        if (dest / JOURNAL_NAME).exists():
+def _check_request(dest: Path, folder: Path, alone: str | None, source: Path | None) -> None:
+    if not (folder / manifest_name(alone)).is_file():
+        if (folder / journal_name(alone)).exists():
             fix = "run the command that made it again to continue, then verify"
             raise RequestError("the conversion in DEST is unfinished", file=dest, fix=fix)
-        fix = "give a folder that pissa-convert has made"
-        raise RequestError("there is no finished conversion in DEST", file=dest, expected=MANIFEST_NAME, fix=fix)
-    if source is not None and not source.is_dir():
-        fix = "give the folder that DEST was made from"
-        raise RequestError("--source is not a folder", file=source, fix=fix)
+        fix = "give a folder or file that pissa-convert has made"
+        expected = manifest_name(alone)
+        raise RequestError("there is no finished conversion in DEST", file=dest, expected=expected, fix=fix)
+    if source is not None and not (source.is_dir() or (source.suffix == ".gguf" and source.is_file())):
+        fix = "give what DEST was made from"
+        raise RequestError("--source is neither a folder nor a GGUF", file=source, fix=fix)
 
 
 class _Counter:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from pissa_convert.engine.comparison import Adapter, compare_shard
+from pissa_convert.engine.gguf_check import compare_gguf, compare_gguf_adapter, plan_again
 from pissa_convert.engine.lora_check import compare_lora
 from pissa_convert.engine.merge_check import compare_merged
 from pissa_convert.engine.reading import check_file
@@ -16,6 +17,8 @@ from pissa_convert.formats.adapter import WEIGHTS_NAME
 from pissa_convert.formats.checkpoint import check_inside
 from pissa_convert.formats.manifest import FileRecord, Manifest
 from pissa_convert.formats.model_card import CARD_NAME
+from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
+from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.init_planning import stored_init
 from pissa_convert.merge_plan import ADAPTER_PREFIX
 from pissa_convert.merge_planning import plan_merge
@@ -35,6 +38,14 @@ class Origins:
     source: Path | None
     init: Path | None
     adapter: Path | None
+    base_gguf: Path | None = None
+    base: Path | None = None
+
+    @property
+    def companions(self) -> dict[str, Path]:
+        """What was given beside the source, by option."""
+        given = {name: getattr(self, name) for name in ("init", "adapter", "base_gguf", "base")}
+        return {name: path for name, path in given.items() if path is not None}
 
     def check(self, manifest: Manifest, dest: Path) -> None:
         """Refuse folders that such a result is not made from, and half of what it takes.
@@ -42,11 +53,14 @@ class Origins:
         Raises:
             RequestError: the message says which.
         """
+        if manifest.head["to"] == "gguf":
+            return  # that is refused when it is planned again
         partner = {"lora": "init", "merged": "adapter"}.get(manifest.head["to"])
-        for name in ("init", "adapter"):
+        for name in ("init", "adapter", "base_gguf", "base"):
             given = getattr(self, name) is not None
             if given and name != partner:
-                raise RequestError(f"--{name} is no part of a result of --to {manifest.head['to']}", file=dest)
+                option = name.replace("_", "-")
+                raise RequestError(f"--{option} is no part of a result of --to {manifest.head['to']}", file=dest)
             if name == partner and given != (self.source is not None):
                 fix = f"give SOURCE as --source and what it was converted with as --{name}, or neither"
                 raise RequestError("the result was made from two folders", file=dest, fix=fix)
@@ -55,6 +69,9 @@ class Origins:
 def jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
     """The jobs; each can run in any thread."""
     by_target = {"lora": _lora_jobs, "merged": _merged_jobs}
+    if "outtype" in manifest.head["options"]:
+        yield from _gguf_jobs(dest, origins, manifest, seen)
+        return
     yield from by_target.get(manifest.head["to"], _split_jobs)(dest, origins, manifest, seen)
 
 
@@ -102,6 +119,28 @@ def _merged_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -
             yield partial(compare_merged, plan, shard, manifest, seen)
     for name, record in manifest.output.items():
         if name not in shards:
+            yield partial(_check_file, dest / name, record, seen)
+
+
+def _gguf_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
+    compared: set[str] = set()
+    if origins.source is not None:
+        given = {name: getattr(origins, name) for name in ("init", "adapter", "base_gguf", "base")}
+        plan = plan_again(
+            origins.source, dest, manifest, {name: path for name, path in given.items() if path is not None}
+        )
+        if isinstance(plan, GgufPlan):
+            compared = {plan.shard.name}
+            yield partial(compare_gguf, plan, manifest, seen)
+        else:
+            yield partial(compare_gguf_adapter, plan, manifest)
+        for name, path in plan.sources.items():
+            if isinstance(plan, GgufAdapterPlan) or name != plan.shard.source_name:
+                record = manifest.source.get(name)
+                if record is not None:
+                    yield partial(_check_file, path, record, seen)
+    for name, record in manifest.output.items():
+        if name not in compared:
             yield partial(_check_file, dest / name, record, seen)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pissa_convert.engine.buffers import Buffer
 from pissa_convert.engine.destination import Work
+from pissa_convert.engine.digest import Digest, sha256
+from pissa_convert.engine.hashing import Ticket
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.memory import MemoryPlan
 from pissa_convert.steps import Change, ShardPlan, Stats
@@ -103,12 +104,14 @@ class Shard:
         expected: size and mtime_ns that the source file had when the work was planned.
         steps_done: leading steps whose output is in place.
         digest: state of the output's SHA-256 after those steps (and the header).
+        source_sha256: the source's at that place when they were done; None where none are.
     """
 
     plan: ShardPlan
     expected: Sequence[int]
     steps_done: int = 0
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    digest: Digest = field(default_factory=sha256)
+    source_sha256: str | None = None
 
     @property
     def offset(self) -> int:
@@ -127,28 +130,32 @@ class Begin:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes that pass through to `at` of the output; `hashed` says when the source's hash has seen them."""
+    """Bytes that pass through to `at` of the output."""
+
+    HOLDERS: ClassVar[int] = 3  # of the buffer: the hashing of source and output, and the writer
 
     at: int
     buffer: Buffer
-    hashed: Future[None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A step that is being transformed; with `stats`, its buffer is ready."""
+    """A step that is being transformed; with `stats`, its buffer is ready. `hashed`: its source."""
+
+    HOLDERS: ClassVar[int] = 2  # of the buffer after that: the hashing of the output, and the writer
 
     index: int
     step: Change
     buffer: Buffer
+    hashed: Ticket
     stats: Future[Stats]
 
 
 @dataclass(frozen=True)
 class End:
-    """A shard ends."""
+    """A shard ends; `hashed`: all of its source."""
 
-    source_digest: Future[str]
+    hashed: Ticket
 
 
 Item = Begin | Chunk | Result | End | BaseException | None

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pissa_convert.engine.files import PartialFile
+from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.ledger import Ledger
 from pissa_convert.engine.pipeline import run_pipeline
 from pissa_convert.engine.recovery import reopen
-from pissa_convert.engine.work import ModelPlan, Shard, Transform
+from pissa_convert.engine.work import ModelPlan, Shard
 from pissa_convert.engine.writer import Sink
 from pissa_convert.linalg import Backend
 
-MakeLanes = Callable[[Any, Backend], AbstractContextManager[Sequence[Transform]]]
-"""From a target's plan and a backend, the transforms for `plan.memory.lanes` lanes; a function of a module, so that it
-can be named to other processes."""
+MakeLanes = Callable[[Any, Backend], AbstractContextManager[MakeTransform]]
+"""From a target's plan and a backend to what makes lanes; a function of a module, so that other processes know it by
+name."""
 
 
 class Workers(Protocol):
@@ -48,7 +49,7 @@ class InProcess:
 
     def work(self, plan: ModelPlan, make_lanes: MakeLanes, remaining: Sequence[Shard], ledger: Ledger) -> None:
         """See `Workers.work`."""
-        with open_beside(plan) as beside, make_lanes(plan, self.backend) as lanes:
+        with open_beside(plan) as beside, make_lanes(plan, self.backend) as make:
 
             def shard_written(shard: Shard, source_sha256: str, file: PartialFile) -> None:
                 if beside is not None:
@@ -57,7 +58,7 @@ class InProcess:
                 ledger.advance(len(shard.plan.source.header))
 
             sink = Sink(beside, ledger.step_done, shard_written, ledger.advance)
-            run_pipeline(remaining, plan.dest, lanes, plan.memory.budget, sink, ledger.timings)
+            run_pipeline(remaining, plan.dest, make, plan.memory, sink, ledger.timings)
 
 
 @contextmanager

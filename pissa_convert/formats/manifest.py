@@ -20,12 +20,19 @@ from pissa_convert.formats.strict_json import parse_object
 
 MANIFEST_NAME = "pissa_convert.json"
 
+
+def manifest_name(alone: str | None) -> str:
+    """What the manifest is called in the folder of a result, or beside a result that is one file of that name."""
+    return MANIFEST_NAME if alone is None else f"{alone}.{MANIFEST_NAME}"
+
+
 _AGAIN = "make the conversion again with --overwrite"
 
 _ENTRY_KEYS: dict[str, dict[str, type]] = {
     "pissa": {"file": str, "module": str, "fan_in_fan_out": bool, "relative_error": float},
     "lora": {"rank": int, "relative_error": float, "norm": float},
     "merged": {"file": str, "relative_error": float},
+    "gguf": {"relative_error": float},
 }
 """What is read of a weight's or module's entry, by target."""
 

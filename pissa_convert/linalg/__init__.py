@@ -122,19 +122,19 @@ class Backend(Protocol):
     def threads(self) -> int:
         """Threads that a split works with; how many there are changes no byte of a result."""
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the user should know of the splits so far, by it and all that are made from it."""
+
     def at_once(self, specs: Iterable[SplitSpec]) -> int:
-        """How many of these it may split at the same time, at most.
+        """How many of these it and those made from it may split at the same time, at most.
 
         Raises:
             RequestError: its memory does not hold the largest.
         """
 
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What the user should know of the splits so far: what had to be done in another way."""
-
-    def share(self, lanes: int) -> Sequence[Backend]:
-        """As many backends, at most `threads`, that split at the same time with these threads shared out evenly."""
+    def with_threads(self, threads: int) -> Backend:
+        """Another of the same kind, which may split while this one does."""
 
     def split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> SplitStats:
         """Turn the bytes of W into those of W_res, and fill A's and B's.
@@ -143,8 +143,8 @@ class Backend(Protocol):
             WeightError: W holds NaN or infinity (it is then unchanged), or its residual overflows its dtype.
         """
 
-    def workspace_bytes(self, spec: SplitSpec) -> int:
-        """Upper bound of the memory taken beside the three buffers."""
+    def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
+        """Upper bound of the memory that so many threads take beside the three buffers."""
 
 
 def tensor_key(seed: int, name: str) -> int:

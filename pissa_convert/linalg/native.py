@@ -57,19 +57,18 @@ class NativeBackend:
         """See `Backend.threads`."""
         return self._threads
 
-    def at_once(self, specs: Iterable[SplitSpec]) -> int:
-        """See `Backend.at_once`: one for each thread."""
-        return self._threads
-
     @property
     def warnings(self) -> Sequence[str]:
         """None: there is one way."""
         return ()
 
-    def share(self, lanes: int) -> Sequence[NativeBackend]:
-        """See `Backend.share`."""
-        each, more = divmod(self._threads, lanes)
-        return [NativeBackend(each + (lane < more)) for lane in range(lanes)]
+    def at_once(self, specs: Iterable[SplitSpec]) -> int:
+        """See `Backend.at_once`: one for each thread."""
+        return self._threads
+
+    def with_threads(self, threads: int) -> NativeBackend:
+        """See `Backend.with_threads`."""
+        return NativeBackend(threads)
 
     def split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> SplitStats:
         """See `Backend.split`."""
@@ -97,9 +96,9 @@ class NativeBackend:
         except (ValueError, OverflowError) as error:
             raise WeightError(f"the weight {error}", fix="repair the checkpoint, or exclude the module") from error
 
-    def workspace_bytes(self, spec: SplitSpec) -> int:
+    def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
         """See `Backend.workspace_bytes`."""
-        return self._splitter.workspace_bytes(spec.rows, spec.cols, spec.dtype, spec.rank, spec.passes or 0)
+        return _core.workspace_bytes(spec.rows, spec.cols, spec.dtype, spec.rank, spec.passes or 0, threads)
 
 
 def as_stats(result: _core.SplitResult) -> SplitStats:

@@ -5,6 +5,7 @@ Each lane has a device and a stream of its own: while one lane's weight is on it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -29,10 +30,12 @@ _SMALL_CHUNK = CHUNK // 16
 class TorchBackend:
     """Splits on devices of one kind; which of them, and how many there are, changes no byte of a result."""
 
-    def __init__(self, devices: Sequence[Device]) -> None:
-        """Split on these; on the first where only one weight is split at a time."""
+    def __init__(self, devices: Sequence[Device], turn: int = 0) -> None:
+        """Split on the `turn`-th of these, counted round."""
         self._devices = devices
-        self._device = devices[0].device
+        self._home = devices[turn % len(devices)]
+        self._device = self._home.device
+        self._turns = itertools.count()
         is_cuda = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
         # TF32 has the 11 bits of float16, and is off unless the program asked for it. There is no other way to be sure
@@ -69,13 +72,13 @@ class TorchBackend:
             )
         return len(self._devices) * (min(_LANES, limit // largest) if largest else _LANES)
 
-    def share(self, lanes: int) -> Sequence[TorchBackend]:
-        """See `Backend.share`: the devices are dealt out in turn."""
-        return [TorchBackend([self._devices[lane % len(self._devices)]]) for lane in range(lanes)]
+    def with_threads(self, threads: int) -> TorchBackend:
+        """See `Backend.with_threads`: a lane of one device; they are dealt out in turn."""
+        return TorchBackend(self._devices, next(self._turns))
 
     def split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> SplitStats:
         """See `Backend.split`. Where the device's memory is too small the CPU does it, and `warnings` say so."""
-        device = self._devices[0]
+        device = self._home
         attempts: list[tuple[Callable[[], AbstractContextManager[None]], int]] = [
             (device.beside_others, CHUNK),
             (device.alone, _SMALL_CHUNK),
@@ -89,14 +92,15 @@ class TorchBackend:
         device.warnings.append(f"{spec.name}: too large for the memory of {self._device}, split by the CPU instead")
         return device.cpu.split(weight, a, b, spec)
 
-    def workspace_bytes(self, spec: SplitSpec) -> int:
+    def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
         """See `Backend.workspace_bytes`: what the CPU takes where it has to do the work."""
-        return self._devices[0].cpu.workspace_bytes(spec)
+        cpu = self._home.cpu
+        return cpu.workspace_bytes(spec, cpu.threads)
 
     def _split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec, chunk: int) -> SplitStats:
         host = _tensor(weight, spec.dtype, (spec.rows, spec.cols))
         matrix = Matrix(torch.empty_like(host, device=self._device).copy_(host, non_blocking=True), chunk=chunk)
-        factors = factorize(matrix, spec, self._devices[0].warnings.append)
+        factors = factorize(matrix, spec, self._home.warnings.append)
         left, right = _as_stored(factors, spec)
         exponent = int(np.frexp(factors.sigma[0])[1]) - 1 if factors.sigma[0] > 0 else 0
         norm, error = matrix.at(exponent).subtract(left, right, spec.scaling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +37,11 @@ class MergeStats:
     def as_json(self) -> dict[str, Any]:
         """JSON-ready values."""
         return asdict(self)
+
+    @property
+    def relative_error(self) -> float:
+        """‖stored − exact‖ / ‖exact‖."""
+        return math.sqrt(self.error / self.norm) if self.norm else 0.0
 
     def __add__(self, other: MergeStats) -> MergeStats:
         return MergeStats(self.error + other.error, self.norm + other.norm)

@@ -1,0 +1,241 @@
+"""Small random models of ten architectures: converted by a template and adapted, llama.cpp's logits are transformers'.
+
+The template of each is written here with the gguf package, from the same knowledge of keys that a converter has, and is
+itself held against transformers first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llamacpp
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import GGUFWriter, get_tensor_name_map
+from gguf.constants import MODEL_ARCH_NAMES
+from gguf_models import add, finish, values_of
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from pissa_convert import convert
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning"),
+]
+
+TOKENS = list(range(3, 35))
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-6,
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """An architecture.
+
+    Attributes:
+        name: llama.cpp's.
+        config: makes transformers' configuration of the sizes.
+        permuted: q and k are stored in llama.cpp's order.
+        keys: what the architecture needs beside the common keys.
+        norms: what is added to the weights of norms.
+    """
+
+    name: str
+    config: Callable[..., Any]
+    permuted: bool = False
+    keys: Callable[[GGUFWriter, Any], None] = lambda writer, config: None
+    norms: float = 0.0
+
+
+def _config(name: str, **more: Any) -> Callable[..., Any]:
+    return lambda: getattr(transformers, f"{name}Config")(**{**SIZES, **more})
+
+
+def _mixture(writer: GGUFWriter, config: Any) -> None:
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+    writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+
+
+def _gemma2(writer: GGUFWriter, config: Any) -> None:
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_sliding_window(config.sliding_window)
+
+
+def _gemma3(writer: GGUFWriter, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window)
+
+
+def _granite(writer: GGUFWriter, config: Any) -> None:
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+_GRANITE = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
+_GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+
+MODELS = {
+    "llama": Tiny("llama", _config("Llama"), permuted=True),
+    "mistral": Tiny("llama", _config("Mistral", sliding_window=None), permuted=True),
+    "mixtral": Tiny(
+        "llama", _config("Mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None), True, _mixture
+    ),
+    "qwen2": Tiny("qwen2", _config("Qwen2")),
+    "qwen3": Tiny("qwen3", _config("Qwen3", head_dim=32)),
+    "qwen3moe": Tiny("qwen3moe", _config("Qwen3Moe", head_dim=32, **_EXPERTS), keys=_mixture),
+    "gemma2": Tiny("gemma2", _config("Gemma2", sliding_window=64, **_GEMMA), keys=_gemma2, norms=1.0),
+    "gemma3": Tiny("gemma3", _config("Gemma3Text", sliding_window=64, **_GEMMA), keys=_gemma3, norms=1.0),
+    "phi3": Tiny("phi3", _config("Phi3", sliding_window=None)),
+    "granite": Tiny("granite", _config("Granite", **_GRANITE), True, _granite),
+    "olmo2": Tiny("olmo2", _config("Olmo2")),
+}
+
+
+def _model(tiny: Tiny, folder: Path) -> Any:
+    """A random model, and its folder: norms and biases that are not their defaults, too."""
+    torch.manual_seed(0)
+    config = tiny.config()
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+            elif "embed" not in name:
+                parameter *= 3
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return model
+
+
+def _logits(model: Any) -> Any:
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0].double().numpy()
+
+
+def _interleave(rows: Any, heads: int) -> Any:
+    width = rows.shape[0] // heads
+    places = [(head, i, half) for head in range(heads) for i in range(width // 2) for half in (0, 1)]
+    return rows[[head * width + half * width // 2 + i for head, i, half in places]]
+
+
+def _template(tiny: Tiny, folder: Path, path: Path, kind: str = "F32") -> Path:
+    config = tiny.config()
+    writer = GGUFWriter(path, tiny.name)
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config.vocab_size)
+    tiny.keys(writer, config)
+    names = get_tensor_name_map(next(n for n, name in MODEL_ARCH_NAMES.items() if name == tiny.name), 2)
+    stacks: dict[str, dict[int, Any]] = {}
+    for name, tensor in _tensors(folder).items():
+        values = tensor.numpy()
+        if ".experts." in name:
+            stem, _, rest = name.partition(".experts.")
+            number, _, leaf = rest.partition(".")
+            stacks.setdefault(f"{stem}.experts.{leaf}", {})[int(number)] = values
+            continue
+        if tiny.permuted and name.endswith(("q_proj.weight", "k_proj.weight")):
+            values = _interleave(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        if name.endswith("norm.weight"):
+            values = values + np.float32(tiny.norms)
+        found = names.get_name(name, (".weight", ".bias"))
+        add(writer, found, values, kind if values.ndim > 1 and "ffn_gate_inp" not in found else "F32")
+    for name, experts in stacks.items():
+        found = names.get_name(name, (".weight",))
+        add(writer, found, np.stack([experts[number] for number in sorted(experts)]), kind)
+    return finish(writer)
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trained_model_and_an_adapter_agree_with_transformers(name: str, tmp_path: Path) -> None:
+    tiny = MODELS[name]
+    model = _model(tiny, tmp_path / "base")
+    base = _template(tiny, tmp_path / "base", tmp_path / "base.gguf")
+    expected = _logits(model)
+    assert np.abs(llamacpp.logits(base, TOKENS) - expected).max() < 1e-3  # the template is right
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0.01
+    model.save_pretrained(tmp_path / "trained")
+    template = _template(tiny, tmp_path / "base", tmp_path / "template.gguf", "Q8_0")
+    convert(tmp_path / "trained", tmp_path / "trained.gguf", "gguf", base_gguf=template, outtype="f32")
+    found = llamacpp.logits(tmp_path / "trained.gguf", TOKENS)
+    assert np.abs(found - _logits(model)).max() < 1e-3
+    assert np.abs(found - expected).max() > 0.02  # and training did something
+
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "lora")
+    convert(tmp_path / "lora", tmp_path / "lora.gguf", "gguf", base_gguf=tmp_path / "trained.gguf", outtype="f32")
+    with_adapter = llamacpp.logits(tmp_path / "trained.gguf", TOKENS, [tmp_path / "lora.gguf"])
+    assert np.abs(with_adapter - _logits(adapted)).max() < 2e-3
+    assert np.abs(with_adapter - found).max() > 0.02
+
+    convert(tmp_path / "lora", tmp_path / "config.gguf", "gguf", base=tmp_path / "trained", outtype="f32")
+    first, second = values_of(tmp_path / "lora.gguf"), values_of(tmp_path / "config.gguf")
+    assert first.keys() == second.keys()
+    assert all((first[key] == second[key]).all() for key in first)
+
+    convert(tmp_path / "trained.gguf", tmp_path / "merged.gguf", "merged", adapter=tmp_path / "lora")
+    assert np.abs(llamacpp.logits(tmp_path / "merged.gguf", TOKENS) - with_adapter).max() < 2e-3
+
+    convert(tmp_path / "trained.gguf", tmp_path / "split", "pissa", rank=8)
+    adapter, residual = sorted((tmp_path / "split").glob("*.gguf"), key=lambda path: "RESIDUAL" in path.name)
+    both = llamacpp.logits(residual, TOKENS, [adapter])
+    assert np.abs(both - found).max() < 2e-3
+    assert np.abs(llamacpp.logits(residual, TOKENS) - found).max() > 0.02
