@@ -163,9 +163,9 @@ def test_too_little_memory_is_refused_with_the_number_that_is_enough(
     with pytest.raises(RequestError, match="the memory of the GPU is too small for the largest weight") as refused:
         plan(source, tmp_path / "out", rank=4)
     limits[0] = int(str(refused.value.expected).split()[2])
-    assert plan(source, tmp_path / "out", rank=4).memory.lanes == 1
+    assert plan(source, tmp_path / "out", rank=4).memory.widths.threads == 1
     limits[0] *= 2
-    assert plan(source, tmp_path / "out", rank=4).memory.lanes == 2
+    assert plan(source, tmp_path / "out", rank=4).memory.widths.threads == 2
 
 
 @pytest.mark.parametrize(
