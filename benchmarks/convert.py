@@ -94,8 +94,11 @@ class Row:
 def run(*command: str) -> Run:
     """Run a command to its end."""
     peak = 0
+    # Installed packages come with bytecode: a checkout that must not write any would be compiled in every run.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    pipe = subprocess.PIPE
     started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         status = Path(f"/proc/{process.pid}/status")
         done = threading.Event()
 

@@ -15,6 +15,9 @@ void scipy_sgemm_(const char* transa, const char* transb, const int* m, const in
 void scipy_dgemm_(const char* transa, const char* transb, const int* m, const int* n, const int* k, const double* alpha,
                   const double* a, const int* lda, const double* b, const int* ldb, const double* beta, double* c,
                   const int* ldc);
+void scipy_dsyrk_(const char* uplo, const char* trans, const int* n, const int* k, const double* alpha, const double* a,
+                  const int* lda, const double* beta, double* c, const int* ldc);
+void scipy_dsterf_(const int* n, double* d, double* e, int* info);
 void scipy_strsm_(const char* side, const char* uplo, const char* trans, const char* diag, const int* m, const int* n,
                   const float* alpha, const float* a, const int* lda, float* b, const int* ldb);
 void scipy_dtrsm_(const char* side, const char* uplo, const char* trans, const char* diag, const int* m, const int* n,
@@ -124,6 +127,24 @@ bool largest_eigenpairs(std::size_t n, T* a, std::size_t count, double* values, 
     std::copy_n(z.data() + (n - 1 - i) * n, n, vectors + i * n);
   }
   return true;
+}
+
+// c (n × n, upper) = a·aᵀ + beta·c, a being n × k.
+inline void rank_update(std::size_t n, std::size_t k, const double* a, double beta, double* c) {
+  const int size = narrow(n), columns = narrow(k);
+  const double one = 1;
+  scipy_dsyrk_("U", "N", &size, &columns, &one, a, &size, &beta, c, &size);
+}
+
+// All eigenvalues (ascending) of symmetric a (n × n, upper, destroyed). False where LAPACK reports a failure.
+inline bool eigenvalues(std::size_t n, double* a, double* values) {
+  const int size = narrow(n);
+  std::vector<double> e(n), tau(n), work(64 * n);
+  const int lwork = narrow(work.size());
+  int info = 0;
+  scipy_dsytrd_("U", &size, a, &size, values, e.data(), tau.data(), work.data(), &lwork, &info);
+  if (info == 0) scipy_dsterf_(&size, values, e.data(), &info);
+  return info == 0;
 }
 
 }  // namespace pissa::lapack

@@ -8,7 +8,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "four_bit.hpp"
 #include "lapack.hpp"
+#include "norms.hpp"
 #include "philox.hpp"
 #include "rayleigh_ritz.hpp"
 #include "sha256.hpp"
@@ -87,6 +89,23 @@ std::size_t workspace_bytes(std::size_t rows, std::size_t cols, const std::strin
   return pissa::split_workspace_bytes(describe(nullptr, dtype, rows, cols, rank), rank, passes, threads);
 }
 
+std::size_t values_in(const py::buffer& values, const std::string& dtype) {
+  const py::buffer_info info = values.request();
+  return static_cast<std::size_t>(info.size * info.itemsize) / size_of(parse_dtype(dtype));
+}
+
+const pissa::FourBitCode& code_named(const std::string& code) {
+  if (code == "nf4") return pissa::nf4_code();
+  if (code == "fp4") return pissa::fp4_code();
+  throw std::invalid_argument("code must be nf4 or fp4, not " + code);
+}
+
+pissa::FourBit four_bit(std::size_t count, const std::string& code, const py::buffer& packed,
+                        const py::buffer& absmax) {
+  return {&code_named(code), static_cast<std::uint8_t*>(writable_bytes(packed, (count + 1) / 2, "packed")),
+          static_cast<float*>(writable_bytes(absmax, 4 * pissa::four_bit_blocks(count), "absmax"))};
+}
+
 // Threads live as long as the object: one per caller that wants to split.
 class Splitter {
  public:
@@ -112,6 +131,74 @@ class Splitter {
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     return pissa::split(kernels_, pool_, request);
+  }
+
+  double norm(const py::buffer& values, const std::string& dtype) {
+    const std::size_t count = values_in(values, dtype);
+    const pissa::Weight weight{values.request().ptr, parse_dtype(dtype), 1, count};
+    const py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return pissa::frobenius_norm(kernels_, pool_, weight);
+  }
+
+  double nuclear_norm(const py::buffer& values, std::size_t rows, std::size_t cols, const std::string& dtype) {
+    if (values_in(values, dtype) != rows * cols) throw std::invalid_argument("values must be rows × cols");
+    const pissa::Weight weight{values.request().ptr, parse_dtype(dtype), rows, cols};
+    const py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return pissa::nuclear_norm(kernels_, pool_, weight);
+  }
+
+  // What the file keeps of the statistics: in 8 bits where there is a place for `nested_absmax`, else as they are.
+  double quantise(const py::buffer& values, const std::string& dtype, const std::string& code, const py::buffer& packed,
+                  const py::buffer& absmax, const py::buffer& nested_codes, const py::buffer& nested_absmax) {
+    const std::size_t count = values_in(values, dtype);
+    const pissa::FourBit to = four_bit(count, code, packed, absmax);
+    const std::size_t blocks = pissa::four_bit_blocks(count);
+    const bool nests = nested_codes.request().size > 0;
+    auto* codes = static_cast<std::uint8_t*>(nests ? writable_bytes(nested_codes, blocks, "nested_codes") : nullptr);
+    const std::size_t nested_blocks = (blocks + pissa::kNestedBlock - 1) / pissa::kNestedBlock;
+    auto* nested =
+        static_cast<float*>(nests ? writable_bytes(nested_absmax, 4 * nested_blocks, "nested_absmax") : nullptr);
+    const void* from = values.request().ptr;
+    const py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!pissa::quantise(kernels_, pool_, from, parse_dtype(dtype), count, to)) {
+      throw std::domain_error("holds NaN or infinity");
+    }
+    return nests ? static_cast<double>(pissa::nest_absmax(to.absmax, blocks, codes, nested)) : 0.0;
+  }
+
+  void dequantise(const py::buffer& out, const std::string& dtype, const std::string& code, const py::buffer& packed,
+                  const py::buffer& absmax) {
+    const std::size_t count = values_in(out, dtype);
+    const pissa::FourBit stored = four_bit(count, code, packed, absmax);
+    void* to = writable_bytes(out, count * size_of(parse_dtype(dtype)), "out");
+    const py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    pissa::dequantise(pool_, stored, parse_dtype(dtype), count, to);
+  }
+
+  void subtract_stored(const py::buffer& weight, const py::buffer& out, const std::string& dtype,
+                       const std::string& code, const py::buffer& packed, const py::buffer& absmax) {
+    const std::size_t count = values_in(weight, dtype);
+    const pissa::FourBit stored = four_bit(count, code, packed, absmax);
+    const void* from = weight.request().ptr;
+    auto* to = static_cast<float*>(writable_bytes(out, count * sizeof(float), "out"));
+    const py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    pissa::subtract_stored(pool_, stored, parse_dtype(dtype), count, from, to);
+  }
+
+  void relax_towards(const py::buffer& target, const py::buffer& difference, float relaxation, const std::string& dtype,
+                     const std::string& code, const py::buffer& packed, const py::buffer& absmax) {
+    const std::size_t count = values_in(target, dtype);
+    const pissa::FourBit stored = four_bit(count, code, packed, absmax);
+    void* to = writable_bytes(target, count * size_of(parse_dtype(dtype)), "target");
+    const auto* from = static_cast<const float*>(writable_bytes(difference, count * sizeof(float), "difference"));
+    const py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    pissa::relax_towards(pool_, stored, parse_dtype(dtype), count, from, relaxation, to);
   }
 
   std::string kernel() const { return kernels_.name; }
@@ -170,7 +257,18 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("kernel", &Splitter::kernel)
       .def("split", &Splitter::split, py::arg("weight"), py::arg("rows"), py::arg("cols"), py::arg("dtype"),
            py::arg("rank"), py::arg("scaling"), py::arg("fan_in_fan_out"), py::arg("a"), py::arg("b"),
-           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"));
+           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"))
+      .def("norm", &Splitter::norm, py::arg("values"), py::arg("dtype"))
+      .def("nuclear_norm", &Splitter::nuclear_norm, py::arg("values"), py::arg("rows"), py::arg("cols"),
+           py::arg("dtype"))
+      .def("quantise", &Splitter::quantise, py::arg("values"), py::arg("dtype"), py::arg("code"), py::arg("packed"),
+           py::arg("absmax"), py::arg("nested_codes"), py::arg("nested_absmax"))
+      .def("dequantise", &Splitter::dequantise, py::arg("out"), py::arg("dtype"), py::arg("code"), py::arg("packed"),
+           py::arg("absmax"))
+      .def("subtract_stored", &Splitter::subtract_stored, py::arg("weight"), py::arg("out"), py::arg("dtype"),
+           py::arg("code"), py::arg("packed"), py::arg("absmax"))
+      .def("relax_towards", &Splitter::relax_towards, py::arg("target"), py::arg("difference"), py::arg("relaxation"),
+           py::arg("dtype"), py::arg("code"), py::arg("packed"), py::arg("absmax"));
   m.def("workspace_bytes", &workspace_bytes, py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("rank"),
         py::arg("passes"), py::arg("threads"));
   // A digest is not to be used by two threads at once.
@@ -181,6 +279,11 @@ PYBIND11_MODULE(_core, m) {
       .def("copy", [](const pissa::Sha256& digest) { return digest; })
       .def_static("available", &pissa::Sha256::available);
   m.def("update_both", &update_both, py::arg("first"), py::arg("a"), py::arg("second"), py::arg("b"));
+  m.def("code_values", [](const std::string& code) {
+    const auto& values = code_named(code).values;
+    return std::vector<float>(std::begin(values), std::end(values));
+  });
+  m.def("dynamic_map", [] { return std::vector<float>(pissa::dynamic_map(), pissa::dynamic_map() + 256); });
   m.def(
       "random_signs",
       [](std::uint64_t key, const py::buffer& out) {

@@ -47,6 +47,38 @@ class Splitter:
         passes: int,
         key: int,
     ) -> SplitResult: ...
+    def quantise(
+        self,
+        values: memoryview,
+        dtype: str,
+        code: str,
+        packed: memoryview,
+        absmax: memoryview,
+        nested_codes: memoryview,
+        nested_absmax: memoryview,
+    ) -> float: ...
+    def norm(self, values: memoryview, dtype: str) -> float: ...
+    def nuclear_norm(self, values: memoryview, rows: int, cols: int, dtype: str) -> float: ...
+    def dequantise(self, out: memoryview, dtype: str, code: str, packed: memoryview, absmax: memoryview) -> None: ...
+    def subtract_stored(
+        self,
+        weight: memoryview,
+        out: memoryview,
+        dtype: str,
+        code: str,
+        packed: memoryview,
+        absmax: memoryview,
+    ) -> None: ...
+    def relax_towards(
+        self,
+        target: memoryview,
+        difference: memoryview,
+        relaxation: float,
+        dtype: str,
+        code: str,
+        packed: memoryview,
+        absmax: memoryview,
+    ) -> None: ...
 
 class Sha256:
     def __init__(self) -> None: ...
@@ -58,6 +90,8 @@ class Sha256:
 
 def update_both(first: Sha256, a: memoryview, second: Sha256, b: memoryview) -> None: ...
 def workspace_bytes(rows: int, cols: int, dtype: str, rank: int, passes: int, threads: int) -> int: ...
+def code_values(code: str) -> list[float]: ...
+def dynamic_map() -> list[float]: ...
 def random_signs(key: int, out: memoryview) -> None: ...
 def rayleigh_ritz(
     gram: memoryview, size: int, rank: int, block: int, exact: bool, vectors: memoryview

@@ -12,6 +12,7 @@ from pissa_convert.engine.gguf import run_gguf
 from pissa_convert.engine.gguf_adapter import run_gguf_adapter
 from pissa_convert.engine.lora import run_lora
 from pissa_convert.engine.merge import run_merge
+from pissa_convert.engine.quantise import run_quantised
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
 from pissa_convert.engine.workers import InProcess, Workers
@@ -24,7 +25,8 @@ from pissa_convert.matrix import Split, split
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.options import RunOptions
 from pissa_convert.planning import Plan
-from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, Report
+from pissa_convert.quant_plan import QuantPlan
+from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, QuantReport, Report
 from pissa_convert.requests import AnyPlan, choose_backend, plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
@@ -44,6 +46,18 @@ def plan(
     max_vram: int | None = None,
     **options: Any,
 ) -> Plan | GgufPlan: ...
+@overload
+def plan(
+    source: _Path,
+    dest: _Path,
+    to: Literal["qpissa"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
+    **options: Any,
+) -> QuantPlan: ...
 @overload
 def plan(
     source: _Path,
@@ -126,6 +140,21 @@ def convert(
 def convert(
     source: _Path,
     dest: _Path,
+    to: Literal["qpissa"],
+    *,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
+    ray: str | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    **options: Any,
+) -> QuantReport: ...
+@overload
+def convert(
+    source: _Path,
+    dest: _Path,
     to: Literal["lora"],
     *,
     threads: int | None = None,
@@ -198,6 +227,17 @@ def convert(
         passes: passes over each weight, or "auto": until the estimated loss of captured energy is small.
         seed: of the random start; with the tensor's name it decides all randomness.
 
+    to="qpissa" quantises the linear weights of a model folder to 4 bits as bitsandbytes does, after an adapter has
+    taken their principal part: W ≈ Q + s·B·A. `dest` loads with transformers as a 4-bit model, and
+    `dest/pissa_init/` onto it with PEFT. Options: those of "pissa", and
+
+        iterations: quantisations of each weight at most (5); after each, A and B are fitted to it again.
+        quant: "nf4" or "fp4".
+        double_quant: store the blocks' largest magnitudes in 8 bits (True).
+        compute_dtype: "bfloat16", "float16" or "float32", what bitsandbytes multiplies in.
+        quantize_only_targets: leave the linear weights without an adapter as they are.
+        compare_loftq: report what LoftQ's order would have reached.
+
     to="lora" makes an ordinary LoRA for the original model from the adapter folder `source`, after training, and what
     it was before: ΔW = s′·B′·A′ − s·B·A, without the model, and without forming ΔW. Options:
 
@@ -216,9 +256,22 @@ def convert(
         adapter: the adapter folder: a LoRA for the original model, or a trained PiSSA adapter for its residual.
         dtype: "float32", "bfloat16" or "float16" for every floating-point tensor; by default each keeps its own.
 
+    to="gguf" makes one file for llama.cpp, `dest`, of an adapter folder or a model folder. Options:
+
+        base_gguf: a GGUF of the base model, of any type. An adapter is placed by its header; a model gets its keys,
+            its tokenizer and its order, once names, shapes and values have shown that both are the same model.
+        outtype: of an adapter "f16", "f32", "bf16" or "q8_0"; of a model "template", "f32", "f16", "bf16", "q8_0",
+            "q5_0", "q5_1", "q4_0", "q4_1", and with libggml-python "q2_k" to "q6_k".
+        base: of an adapter, the base model's folder instead, for its config.json alone.
+        init, rank, tolerance, uniform_rank: of a trained PiSSA adapter, as for "lora": ΔW is made on the way.
+
+    Where `source` is a GGUF, to="merged" (adapter, outtype) makes the GGUF `dest`, and to="pissa" (the options of a
+    split, outtype) the folder `dest` with the GGUFs of the residual and of the principal adapter; outtype "same" is
+    each tensor's own. Its target_modules are names such as "attn_q" or "blk.0.ffn_down".
+
     Args:
-        source: the folder to read; never written to.
-        dest: the folder to make; must be empty, absent, or hold an interrupted run of the same conversion.
+        source: the folder or GGUF to read; never written to.
+        dest: what to make; must be absent, an empty folder, or an interrupted run of the same conversion.
         to: the target.
         threads: compute threads; by default every CPU this process may use. The result does not depend on it.
         max_memory: bytes of resident memory to stay under.
@@ -248,17 +301,19 @@ def convert(
     work = plan_request(source, dest, to, options, run_options, backend)
     if isinstance(work, LoraPlan):
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
+    if isinstance(work, GgufAdapterPlan):
+        return run_gguf_adapter(work, overwrite=overwrite, progress=progress)
     return _carry_out(work, InProcess(backend), overwrite, progress)
 
 
 def _carry_out(
-    work: Plan | MergePlan | GgufPlan | GgufAdapterPlan,
+    work: Plan | QuantPlan | MergePlan | GgufPlan,
     workers: Workers,
     overwrite: bool,
     progress: ProgressCallback | None,
 ) -> AnyReport:
-    if isinstance(work, GgufAdapterPlan):
-        return run_gguf_adapter(work, overwrite=overwrite, progress=progress)
+    if isinstance(work, QuantPlan):
+        return run_quantised(work, workers, overwrite=overwrite, progress=progress)
     if isinstance(work, GgufPlan):
         return run_gguf(work, workers, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE_UNITS |= {f"{unit}i": 1024 ** (power + 1) for power, unit in enumerate("KMGT")}
 
-TARGETS = ("pissa", "lora", "merged", "gguf")
+TARGETS = ("pissa", "qpissa", "lora", "merged", "gguf")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,8 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         "       %(prog)s DEST --verify [--source SOURCE [--init INIT | --adapter ADAPTER | --base-gguf BASE]]",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("source", metavar="SOURCE", help="folder of a model, or of a trained adapter; never written to")
-    parser.add_argument("dest", metavar="DEST", help="folder to make")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder of a model or a trained adapter, or a GGUF; never written to"
+    )
+    parser.add_argument("dest", metavar="DEST", help="folder to make, or GGUF")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to make")
     _add_common(parser.add_argument_group("for every target"))
@@ -65,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         help="with --verify: compare with what was converted; a LoRA needs --init too, a merged model --adapter",
     )
     _add_splitting(parser.add_argument_group("for --to pissa: a model becomes residual and adapter"))
+    _add_quantising(
+        parser.add_argument_group(
+            "for --to qpissa: a model becomes a 4-bit base and its adapter", "also the options of --to pissa"
+        )
+    )
     _add_lora(
         parser.add_argument_group(
             "for --to lora: a trained adapter becomes a LoRA for the original model",
@@ -74,8 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_merging(parser.add_argument_group("for --to merged: an adapter is added to a model", "also --dtype"))
     _add_gguf(
         parser.add_argument_group(
-            "for --to gguf: an adapter becomes a file for llama.cpp",
-            "also --init, with --rank, --tolerance, --uniform-rank; --base MODEL, without a GGUF of it",
+            "for --to gguf: an adapter or a model becomes a file for llama.cpp, DEST.gguf",
+            "an adapter: also --init, with --rank, --tolerance and --uniform-rank, and --base for the base's config "
+            "alone; where SOURCE is a GGUF, --to merged and --to pissa take --outtype too",
         )
     )
     return parser
@@ -88,8 +96,17 @@ def _add_merging(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_gguf(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--base-gguf", metavar="BASE", help="a GGUF of the base model, of any type")
-    group.add_argument("--outtype", metavar="T", help="f16 (default), f32, bf16 or q8_0, of an adapter")
+    group.add_argument(
+        "--base-gguf",
+        metavar="BASE",
+        help="a GGUF of the base model, of any type; for a model the template of its keys and tokenizer",
+    )
+    group.add_argument(
+        "--outtype",
+        metavar="T",
+        help="an adapter: f16 (default), f32, bf16, q8_0; a model: template (default; for a GGUF same), f32, f16, "
+        "bf16, q8_0, q5_0, q5_1, q4_0, q4_1, q2_k to q6_k",
+    )
 
 
 def _add_common(group: argparse._ArgumentGroup) -> None:
@@ -127,6 +144,26 @@ def _add_splitting(group: argparse._ArgumentGroup) -> None:
         help="passes over each weight; auto (default) stops at 0.1%% of error",
     )
     group.add_argument("--seed", type=int, metavar="N", help="of all randomness (default 0)")
+
+
+def _add_quantising(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--iterations",
+        type=int,
+        metavar="T",
+        help="quantisations of each weight at most, each with a refit (default 5)",
+    )
+    group.add_argument("--quant", metavar="CODE", help="nf4 (default) or fp4")
+    group.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        help="store the statistics of the blocks in 8 bits (default)",
+    )
+    group.add_argument("--compute-dtype", metavar="DTYPE", help="bfloat16 (default), float16 or float32")
+    group.add_argument(
+        "--quantize-only-targets", action="store_true", help="leave linear layers without an adapter as they are"
+    )
+    group.add_argument("--compare-loftq", action="store_true", help="report what LoftQ's order would have reached")
 
 
 def _add_lora(group: argparse._ArgumentGroup) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, Report
+from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, QuantReport, Report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pissa_convert.lora_plan import LoraPlan
     from pissa_convert.merge_plan import MergePlan
     from pissa_convert.planning import Plan
+    from pissa_convert.quant_plan import QuantPlan
     from pissa_convert.report import Timings
     from pissa_convert.requests import AnyPlan
 
@@ -53,15 +54,18 @@ def print_plan(plan: AnyPlan, device: str) -> None:
     from pissa_convert.gguf_plan import GgufPlan
     from pissa_convert.lora_plan import LoraPlan
     from pissa_convert.merge_plan import MergePlan
+    from pissa_convert.quant_plan import QuantPlan
 
-    if isinstance(plan, LoraPlan):
+    if isinstance(plan, QuantPlan):
+        _print_quant_plan(plan)
+    elif isinstance(plan, LoraPlan):
         _print_lora_plan(plan)
     elif isinstance(plan, MergePlan):
         _print_merge_plan(plan)
     elif isinstance(plan, GgufAdapterPlan):
         console_gguf.print_adapter_plan(plan)
     elif isinstance(plan, GgufPlan):
-        console_gguf.print_model_plan(plan)
+        console_gguf.print_model_plan(plan, device)
     else:
         _print_split_plan(plan, device)
 
@@ -117,15 +121,19 @@ time       about {compute:.1f} s of computing, beside moving {amount(moved)}"""
         print(f"warning: {warning}", file=sys.stderr)
 
 
+def _print_decisions(plan: Plan | QuantPlan) -> None:
+    width = max(len(decision.tensor) for decision in plan.decisions)
+    for decision in plan.decisions:
+        print(f"{decision.action.value:8} {decision.tensor:{width}}  {decision.reason}")
+    for skipped in plan.checkpoint.skipped:
+        print(f"{'skip':8} {skipped.path:{width}}  {skipped.reason}")
+
+
 def _print_split_plan(plan: Plan, device: str) -> None:
     from pissa_convert.estimate import estimate_seconds
     from pissa_convert.linalg.select import select_backend
 
-    width = max(len(decision.tensor) for decision in plan.decisions)
-    for decision in plan.decisions:
-        print(f"{decision.action.value:6} {decision.tensor:{width}}  {decision.reason}")
-    for skipped in plan.checkpoint.skipped:
-        print(f"{'skip':6} {skipped.path:{width}}  {skipped.reason}")
+    _print_decisions(plan)
     split = list(plan.splits)
     split_bytes = sum(step.end - step.begin for step in split)
     compute = estimate_seconds(plan, select_backend(device))
@@ -139,11 +147,30 @@ time       about {compute:.0f} s of computing with {plan.backend}, beside moving
     )
 
 
+def _print_quant_plan(plan: QuantPlan) -> None:
+    from pissa_convert.estimate import estimate_quant_seconds
+
+    _print_decisions(plan)
+    weights = list(plan.weights)
+    before, after = (sum(sizes) for sizes in zip(*((w.end - w.begin, w.stop - w.at) for w in weights), strict=True))
+    adapted = sum(weight.treatment.split is not None for weight in weights)
+    print(
+        f"""
+quantise   {len(weights)} of {len(plan.decisions)} tensors, {amount(before)} to {amount(after)}
+adapter    {plan.adapter.name}, {adapted} layers, rank {plan.options.split.rank}, {amount(plan.adapter.size)}
+disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
+memory     {plan.memory.peak} bytes at peak ({amount(plan.memory.budget)} in flight at most)
+time       about {estimate_quant_seconds(plan):.0f} s of computing with {plan.backend}"""
+    )
+
+
 def print_report(report: AnyReport) -> None:
     if report.complete_before:
         print(f"{report.dest} is complete already; every digest fits", file=sys.stderr)
     elif isinstance(report, Report):
         _print_split_report(report)
+    elif isinstance(report, QuantReport):
+        _print_quant_report(report)
     elif isinstance(report, LoraReport):
         _print_lora_report(report)
     elif isinstance(report, GgufReport):
@@ -210,6 +237,23 @@ a full SVD would capture at most about {report.estimated_deficit:.2%} more
 the residual needs its adapter: load {report.dest} with PEFT and subfolder="pissa_init\"""",
         file=sys.stderr,
     )
+
+
+def _print_quant_report(report: QuantReport) -> None:
+    rows = {**report.by_type, "all": report.adapted}
+    width = max(map(len, rows))
+    did = f"{len(report.tensors)} weights quantised, {report.adapted.weights} of them with an adapter"
+    loftq = "  LoftQ's" if report.adapted.loftq_reduction is not None else ""
+    lines = [finished(report, did), stages(report.timings)]
+    lines.append(f"{'':{width}}  weights  ‖W−(Q+s·B·A)‖/‖W‖  ‖W−Q(W)‖/‖W‖  reduction in nuclear norm{loftq}")
+    for name, row in rows.items():
+        compared = f"{row.loftq_reduction:9.1%}" if row.loftq_reduction is not None else ""
+        lines.append(
+            f"{name:{width}}  {row.weights:7}  {row.relative_error:18.4f}  {row.plain_relative_error:12.4f}"
+            f"  {row.reduction:25.1%}{compared}"
+        )
+    lines.append(f'the base needs its adapter: load {report.dest} with transformers and PEFT, subfolder="pissa_init"')
+    print("\n".join(lines), file=sys.stderr)
 
 
 _COMPARED = {

@@ -53,24 +53,39 @@ def _sizes(report: GgufReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def print_model_plan(plan: GgufPlan) -> None:
-    """Every tensor's decision, and what the file will be."""
+def print_model_plan(plan: GgufPlan, device: str) -> None:
+    """Every tensor's decision, and what the files will be."""
+    from pissa_convert.estimate import estimate_gguf_seconds
+    from pissa_convert.linalg.select import select_backend
+
     known = {tensor.name: tensor.dtype for tensor in plan.base.file.tensors}
     width = max(map(len, known))
     copied, encoded = set(plan.copied), {step.tensor: step.treatment for step in plan.encodings}
+    split = {step.tensor: step for step in plan.splits}
+    reasons = {decision.tensor: f", {decision.reason}" for decision in plan.decisions}
     for name, kind in known.items():
+        if name in split:
+            step = split[name]
+            ranks = f"rank {step.spec.rank}, residual {kind} → {step.stored_kind}"
+            print(f"{'split':6} {name:{width}}  {ranks}{reasons[name]}")
+            continue
         if name in copied:
-            print(f"{'copy':6} {name:{width}}  {kind}")
+            print(f"{'copy':6} {name:{width}}  {kind}{reasons.get(name, '')}")
             continue
         treatment = encoded[name]
         parts = [] if treatment.origin is None else [part.name for _, part in treatment.origin.parts]
         said = [kind if not parts else ", ".join(parts[:2]) + (", …" if len(parts) > 2 else "")]
         if treatment.origin is not None and treatment.origin.heads:
             said.append("rows permuted")
+        if treatment.added is not None:
+            said.append(f"and s·B·A of rank {treatment.added.rank}")
         print(f"{'encode':6} {name:{width}}  {' '.join(said)} → {treatment.kind}")
+    moved = sum(path.stat().st_size for path in plan.sources.values()) + sum(plan.output_sizes.values())
+    compute = estimate_gguf_seconds(plan, select_backend(device))
     print(
         f"""
-encode     {len(encoded)} of {len(known)} tensors
+change     {len(encoded) + len(split)} of {len(known)} tensors, {len(split)} of them split
 disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
-memory     {plan.memory.peak} bytes at peak ({amount(plan.memory.budget)} in flight at most)"""
+memory     {plan.memory.peak} bytes at peak ({amount(plan.memory.budget)} in flight at most)
+time       about {compute:.1f} s of computing, beside moving {amount(moved)}"""
     )

@@ -17,10 +17,11 @@ def fingerprint(head: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str,
     return {
         **{name: value for name, value in head.items() if name != "options"},
         **{f"--{name.replace('_', '-')}": value for name, value in head["options"].items()},
-        **{f"source file {name}": _identity(path) for name, path in files.items()},
+        **{f"source file {name}": identity(path) for name, path in files.items()},
     }
 
 
-def _identity(path: Path) -> list[int]:
+def identity(path: Path) -> list[int]:
+    """What a file is known by: its size in bytes and its modification time in nanoseconds."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]

@@ -36,6 +36,11 @@ _DELTA = ("rank", "tolerance", "uniform_rank")
 _Path = str | os.PathLike[str]
 
 
+def is_gguf(source: _Path) -> bool:
+    """Whether SOURCE is a GGUF, and no folder."""
+    return Path(source).suffix == ".gguf" and Path(source).is_file()
+
+
 def plan_to_gguf(
     source: _Path, dest: _Path, options: Mapping[str, Any], run: RunOptions, threads: int
 ) -> GgufAdapterPlan | GgufPlan:

@@ -64,13 +64,23 @@ class Encode:
         """What its statistics are kept under."""
         return f"{self.tensor}[{self.top}:{self.bottom}]"
 
+    @property
+    def rows(self) -> int:
+        """How many they are."""
+        return self.bottom - self.top
+
+    @property
+    def stored_kind(self) -> str:
+        """Type in the result."""
+        return self.treatment.kind
+
     def _nbytes(self, kind: str) -> int:
-        return (self.bottom - self.top) * TYPES[kind].row_bytes(self.columns)
+        return self.rows * TYPES[kind].row_bytes(self.columns)
 
     @property
     def stop(self) -> int:
         """Where the result ends."""
-        return self.at + self._nbytes(self.treatment.kind) + self.padding
+        return self.at + self._nbytes(self.stored_kind) + self.padding
 
     @property
     def source(self) -> slice:
@@ -81,7 +91,7 @@ class Encode:
     def stored(self) -> slice:
         """The part that the rows go to."""
         at = align(self.end - self.begin)
-        return slice(at, at + self._nbytes(self.treatment.kind))
+        return slice(at, at + self._nbytes(self.stored_kind))
 
     @property
     def result(self) -> slice:
@@ -168,8 +178,18 @@ class GgufSplit:
     a: TensorInfo
     b: TensorInfo
 
+    @property
+    def rows(self) -> int:
+        """Of the weight."""
+        return self.spec.rows
+
+    @property
+    def columns(self) -> int:
+        """Values in a row."""
+        return self.spec.cols
+
     def _nbytes(self, kind: str) -> int:
-        return self.spec.rows * TYPES[kind].row_bytes(self.spec.cols)
+        return self.rows * TYPES[kind].row_bytes(self.columns)
 
     @property
     def in_place(self) -> bool:

@@ -1,9 +1,8 @@
 """How much memory a conversion may hold: the plan's side (what is predicted) of what `engine.buffers` enforces.
 
 The peak is that of the process: what it holds before work starts (interpreter, numpy, the core), the bytes in flight
-between the reader and the writer, and the workspaces of the splits that run at once. The bytes in flight come from a
-ring as large as the budget, all of which a model that is larger than it passes through, so the peak can be computed
-instead of guessed.
+between the reader and the writer, and the workspaces of the splits that run at once. Reading is faster than the work
+and goes on until the budget is used up, so the peak can be computed instead of guessed.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ PAGE = 4096
 _RUNTIME = 40 << 20
 """Thread stacks, staging, journal and manifest: measured 15 to 35 MiB above the resident set at planning."""
 
-_SLACK = 192 << 20
-"""Room beside two of the largest tensors, so that small ones flow past a large one that is being written."""
+_SLACK = 96 << 20
+"""Room beside the largest tensors, so that small ones flow past a large one that is being written."""
 
 
 _ENOUGH = 1 << 30
@@ -115,9 +114,9 @@ def plan_memory(
     flights = [footprint(nbytes) for nbytes in flights]
     largest = max(flights, default=0)
     resident, available = resident_bytes() + _RUNTIME, available_bytes()
-    useful = (threads + 1) * largest
+    useful = (threads + 1) * largest + _SLACK
     if max_memory is not None:
-        limit, wanted = max_memory - resident, useful + _SLACK
+        limit, wanted = max_memory - resident, useful
     else:
         wanted = max(2 * largest + _SLACK, min(useful, _ENOUGH))
         limit = wanted if available is None else int(0.9 * available) - _RUNTIME

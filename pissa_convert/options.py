@@ -97,6 +97,74 @@ def split_options(
 
 
 @dataclass(frozen=True)
+class QuantOptions:
+    """Options of `--to qpissa`, those of the split apart.
+
+    Attributes:
+        iterations: T, how often the residual is quantised at most, the adapter being refitted after each.
+        quant: "nf4" or "fp4".
+        double_quant: the blocks' absmaxes are stored in 8 bits.
+        compute_dtype: "bfloat16", "float16" or "float32": what bitsandbytes multiplies in.
+        quantize_only_targets: linear layers without an adapter stay as they are.
+        compare_loftq: report what LoftQ's order of the same steps would have reached.
+    """
+
+    split: SplitOptions
+    iterations: int = 5
+    quant: str = "nf4"
+    double_quant: bool = True
+    compute_dtype: str = "bfloat16"
+    quantize_only_targets: bool = False
+    compare_loftq: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values, those of the split first (for the manifest and the fingerprint)."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "split"}
+        return self.split.as_json() | own
+
+
+QUANT_OPTIONS = tuple(field.name for field in fields(QuantOptions) if field.name != "split")
+"""Beside those of `split_options`."""
+
+CODES = ("nf4", "fp4")
+
+
+def quant_options(
+    *,
+    iterations: int = 5,
+    quant: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: str = "bfloat16",
+    quantize_only_targets: bool = False,
+    compare_loftq: bool = False,
+    **split: Any,
+) -> QuantOptions:
+    """Check the values of `--to qpissa`.
+
+    Args:
+        split: what `split_options` takes.
+
+    Raises:
+        RequestError: a value is out of range; the message names the option.
+    """
+    if not _is_count(iterations, 1):
+        raise RequestError("--iterations is out of range", expected="an integer of at least 1", found=iterations)
+    if quant not in CODES:
+        raise RequestError("--quant is unknown", expected=" or ".join(CODES), found=quant)
+    if compute_dtype not in ADAPTER_DTYPES:
+        raise RequestError("--compute-dtype is unknown", expected=" or ".join(ADAPTER_DTYPES), found=compute_dtype)
+    return QuantOptions(
+        split_options(**split),
+        iterations,
+        quant,
+        bool(double_quant),
+        compute_dtype,
+        bool(quantize_only_targets),
+        bool(compare_loftq),
+    )
+
+
+@dataclass(frozen=True)
 class LoraOptions:
     """Options of `--to lora`.
 

@@ -185,7 +185,7 @@ def make_plan(
     source, dest = Path(source).resolve(), Path(os.path.abspath(dest))
     check_destination(source, dest)
     checkpoint = open_checkpoint(source)
-    _check_not_residual(checkpoint)
+    check_not_residual(checkpoint)
     decisions = decide(
         [(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors],
         checkpoint.config,
@@ -197,9 +197,9 @@ def make_plan(
     for shard in checkpoint.shards:
         for tensor in shard.tensors:
             if tensor.name in chosen:
-                _check_rank(shard.path, tensor, options.rank)
+                check_rank(shard.path, tensor, options.rank)
                 specs[tensor.name] = split_spec(tensor, chosen[tensor.name], options)
-    adapter, slots = _plan_adapter(checkpoint, decisions, specs, options)
+    adapter, slots = plan_adapter(checkpoint, decisions, specs, options)
     shards = tuple(
         ShardPlan(shard, shard.header, shard.size, tuple(split_steps(shard, specs, slots)))
         for shard in checkpoint.shards
@@ -236,7 +236,12 @@ def check_destination(source: Path, dest: Path) -> None:
         raise RequestError("DEST is not a folder", file=dest, fix="choose another name")
 
 
-def _check_not_residual(checkpoint: Checkpoint) -> None:
+def check_not_residual(checkpoint: Checkpoint) -> None:
+    """Refuse to split what is left of a split.
+
+    Raises:
+        RequestError: it is.
+    """
     for name in checkpoint.auxiliary:
         if name == MANIFEST_NAME or name.startswith(f"{ADAPTER_FOLDER}/"):
             raise RequestError(
@@ -246,7 +251,12 @@ def _check_not_residual(checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_rank(file: Path, tensor: TensorInfo, rank: int) -> None:
+def check_rank(file: Path, tensor: TensorInfo, rank: int) -> None:
+    """Refuse a rank that is larger than the weight.
+
+    Raises:
+        RequestError: it is.
+    """
     if rank > min(tensor.shape):
         raise RequestError(
             "--rank is larger than the weight allows",
@@ -275,12 +285,13 @@ def split_spec(tensor: TensorInfo, decision: Decision, options: SplitOptions) ->
     )
 
 
-def _plan_adapter(
+def plan_adapter(
     checkpoint: Checkpoint,
     decisions: Iterable[Decision],
     specs: Mapping[str, SplitSpec],
     options: SplitOptions,
 ) -> tuple[AdapterPlan, dict[str, tuple[TensorInfo, TensorInfo]]]:
+    """The adapter file of the splits in `specs`, and the places of A and B by tensor name."""
     modules = {decision.tensor: decision.module for decision in decisions}
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
     for name, spec in specs.items():

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pissa_convert.quant_stats import Overall
+
 
 @dataclass
 class Timings:
@@ -63,6 +65,34 @@ class Report:
     timings: Timings
     relative_error: float
     estimated_deficit: float
+    peak_memory: int | None
+    warnings: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """The result of `convert` to a 4-bit base and its adapter.
+
+    Attributes:
+        dest: the finished folder.
+        tensors: the manifest's entry of each weight that was quantised.
+        adapted: all weights with an adapter together.
+        by_type: the same by the last part of the module's name.
+        resumed, complete_before, wall_seconds, timings, peak_memory, warnings: as in `Report`.
+    """
+
+    dest: Path
+    tensors: dict[str, dict[str, Any]]
+    adapted: Overall
+    by_type: dict[str, Overall]
+    resumed: bool
+    complete_before: bool
+    wall_seconds: float
+    timings: Timings
     peak_memory: int | None
     warnings: tuple[str, ...] = ()
 
@@ -176,4 +206,4 @@ class GgufReport:
         return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
 
 
-AnyReport = Report | LoraReport | MergeReport | GgufReport
+AnyReport = Report | QuantReport | LoraReport | MergeReport | GgufReport

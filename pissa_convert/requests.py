@@ -13,7 +13,7 @@ from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import open_adapter
 from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
 from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_requests import plan_merged_gguf, plan_split_gguf, plan_to_gguf
+from pissa_convert.gguf_requests import is_gguf, plan_merged_gguf, plan_split_gguf, plan_to_gguf
 from pissa_convert.init_planning import derived_init, stored_init
 from pissa_convert.linalg import Backend
 from pissa_convert.linalg.native import NativeBackend
@@ -22,10 +22,12 @@ from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.lora_planning import plan_lora
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.merge_planning import plan_merge
-from pissa_convert.options import RunOptions, lora_options, merge_options, split_options
+from pissa_convert.options import QUANT_OPTIONS, RunOptions, lora_options, merge_options, quant_options, split_options
 from pissa_convert.planning import Plan, make_plan
+from pissa_convert.quant_plan import QuantPlan
+from pissa_convert.quant_planning import plan_quantised
 
-AnyPlan = Plan | LoraPlan | MergePlan | GgufAdapterPlan | GgufPlan
+AnyPlan = Plan | QuantPlan | LoraPlan | MergePlan | GgufAdapterPlan | GgufPlan
 
 _Path = str | os.PathLike[str]
 
@@ -41,7 +43,7 @@ def plan_request(
     Raises:
         RequestError: the request is wrong in itself or does not fit the files.
     """
-    if to == "pissa" and Path(source).is_file():
+    if to == "pissa" and is_gguf(source):
         return plan_split_gguf(source, dest, options, run_options, backend)
     if to == "pissa":
         _check_options(to, options, split_options)
@@ -49,7 +51,7 @@ def plan_request(
     if to == "lora":
         _check_options(to, options, lora_options, _INIT)
         return _plan_lora(Path(source), dest, options, run_options, backend)
-    if to == "merged" and Path(source).is_file():
+    if to == "merged" and is_gguf(source):
         return plan_merged_gguf(source, dest, options, run_options, backend.threads)
     if to == "merged":
         _check_options(to, options, merge_options, ("adapter",))
@@ -58,9 +60,12 @@ def plan_request(
             raise RequestError("--to merged needs what to add to the model", fix="give --adapter")
         chosen = merge_options(**options)
         return check_base(plan_merge(source, adapter, dest, chosen, run_options, backend.threads))
+    if to == "qpissa":
+        _check_options(to, options, split_options, QUANT_OPTIONS)
+        return plan_quantised(source, dest, quant_options(**options), run_options, backend)
     if to == "gguf":
         return plan_to_gguf(source, dest, options, run_options, backend.threads)
-    raise RequestError("--to is unknown", expected="pissa, lora, merged or gguf", found=to)
+    raise RequestError("--to is unknown", expected="pissa, qpissa, lora, merged or gguf", found=to)
 
 
 def choose_backend(to: str, options: Mapping[str, Any], run_options: RunOptions) -> Backend:

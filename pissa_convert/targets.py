@@ -28,6 +28,7 @@ class Action(str, Enum):
 
     SPLIT = "split"
     COPY = "copy"
+    QUANTISE = "quantise"
 
 
 @dataclass(frozen=True)

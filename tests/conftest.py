@@ -40,14 +40,10 @@ def minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-LAYERS = 6
-"""Of SmolLM2's 30, where a test needs a real model and not its last word; `-m long` runs with all."""
-
-
 @pytest.fixture(scope="session")
-def smol_layers(request: pytest.FixtureRequest) -> int:
-    """Layers of the model that llama.cpp runs."""
-    return 30 if "long" in request.config.getoption("-m").replace("not long", "") else LAYERS
+def smol_layers() -> int:
+    """Layers of SmolLM2's 30, where a test needs a real model and not its last word."""
+    return 6
 
 
 @pytest.fixture(scope="session")
@@ -62,13 +58,7 @@ def smol32(smol_layers: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smol_gguf(smol_layers: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same model as GGUF by its type: F32 by gguf, the others by llama.cpp from that."""
-    import llamacpp
-    from gguf_models import packaged_smollm2, rewrite
+    """The same model as GGUF by its type."""
+    from gguf_models import smollm2_by_type
 
-    folder = tmp_path_factory.mktemp("gguf")
-    made = {"F32": rewrite(packaged_smollm2(), folder / "smollm2-F32.gguf", "F32", smol_layers)}
-    for name, number in (("F16", 1), ("Q8_0", 7), ("Q4_K_M", 15)):
-        made[name] = folder / f"smollm2-{name}.gguf"
-        llamacpp.quantize(made["F32"], made[name], number)
-    return made
+    return smollm2_by_type(tmp_path_factory.mktemp("gguf"), smol_layers)

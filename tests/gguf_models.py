@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import llamacpp
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
@@ -39,6 +40,15 @@ def rewrite(source: Path, dest: Path, kind: str, layers: int | None = None) -> P
         values = dequantize(tensor.data, tensor.tensor_type)
         add(writer, tensor.name, values, kind if values.ndim > 1 else "F32")
     return finish(writer)
+
+
+def smollm2_by_type(folder: Path, layers: int) -> dict[str, Path]:
+    """The packaged model as GGUF by its type: F32 by gguf, the others by llama.cpp from that."""
+    made = {"F32": rewrite(packaged_smollm2(), folder / "smollm2-F32.gguf", "F32", layers)}
+    for name, number in (("F16", 1), ("Q8_0", 7), ("Q4_K_M", 15)):
+        made[name] = folder / f"smollm2-{name}.gguf"
+        llamacpp.quantize(made["F32"], made[name], number)
+    return made
 
 
 def add(writer: GGUFWriter, name: str, values: Array, kind: str) -> None:

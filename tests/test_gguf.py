@@ -119,6 +119,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "an array of 2^63 numbers": (whole(head(pairs=1) + text("k") + ARRAY + struct.pack("<IQ", 12, HUGE)), "too long"),
     "an array of 2^63 strings": (whole(head(pairs=1) + text("k") + ARRAY + struct.pack("<IQ", 8, HUGE)), ""),
     "a key that is not UTF-8": (whole(head(pairs=1) + text(b"\xff") + struct.pack("<II", 4, 1)), "UTF-8"),
+    "a key with a zero byte": (whole(head(pairs=1) + text("k\0") + struct.pack("<II", 4, 1)), "zero byte"),
+    "a name with a zero byte": (whole(head() + entry("t\0")), "zero byte"),
     "a key twice": (whole(head(pairs=2) + 2 * (text("k") + struct.pack("<II", 4, 1)) + entry()), "twice"),
     "an alignment of 0": (whole(head(pairs=1) + encode_pair("general.alignment", 0, UINT32) + entry()), "alignment"),
     "an alignment of 3": (whole(head(pairs=1) + encode_pair("general.alignment", 3, UINT32) + entry()), "alignment"),

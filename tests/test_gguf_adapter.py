@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pissa_convert import convert, plan
 from pissa_convert.cli import main
 from pissa_convert.errors import RequestError, WeightError
+from pissa_convert.formats.gguf import read_gguf
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -143,6 +144,42 @@ def test_a_trained_pissa_adapter_becomes_a_lora_for_the_original_on_the_way(
     ranks = {value.shape[0] for name, value in values_of(tmp_path / "auto.gguf").items() if name.endswith("lora_a")}
     assert max(ranks) < 16
     assert 0.01 < report.relative_error <= 0.3 * 1.01
+
+
+BY_LLAMA_CPP = {
+    "f32": "2b200be03946a4052ec9421a1785b36d388c4d4e9d5066734d74eacf25e2789d",
+    "f16": "86cdc2b0b6844c66aacadc090108bea83a6d245c14d3131a23625ef41ee020cf",
+    "q8_0": "cdff769b59fcc42c15b37096f285c261bb572abb8ac32e5b71886b8dd1c1525c",
+}
+"""SHA-256 over names, types and bytes of what llama.cpp's convert_lora_to_gguf.py made of the adapter below."""
+
+SMOLLM2 = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.k_proj": (192, 576),
+    "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576),
+    "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}
+
+
+@pytest.mark.parametrize("outtype", BY_LLAMA_CPP)
+def test_every_byte_is_that_of_llama_cpps_own_conversion(outtype: str, tmp_path: Path) -> None:
+    dice = np.random.default_rng(6)
+    pairs = {
+        f"model.layers.{number}.{module}": tuple(
+            torch.tensor(dice.standard_normal(shape, np.float32)) for shape in ((4, columns), (rows, 4))
+        )
+        for number in (0, 29)
+        for module, (rows, columns) in SMOLLM2.items()
+    }
+    folder = write(tmp_path / "lora", tensors_of(pairs), lora_alpha=4)  # type: ignore[arg-type]
+    to_gguf(folder, tmp_path / "out.gguf", base_gguf=packaged_smollm2(), outtype=outtype)
+    digest, data = hashlib.sha256(), (tmp_path / "out.gguf").read_bytes()
+    for tensor in sorted(read_gguf(tmp_path / "out.gguf").tensors, key=lambda tensor: tensor.name):
+        digest.update(tensor.name.encode() + tensor.dtype.encode() + data[tensor.begin : tensor.end])
+    assert digest.hexdigest() == BY_LLAMA_CPP[outtype]
 
 
 def tiny_base(folder: Path, architecture: str = "llama", **extra: tuple[int, ...]) -> Path:

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from adapters import tensors_of, write
 from gguf import GGUFWriter, get_tensor_name_map
 from gguf.constants import MODEL_ARCH_NAMES
 from gguf_models import add, finish, values_of
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pissa_convert import convert
 
@@ -239,3 +240,34 @@ def test_a_trained_model_and_an_adapter_agree_with_transformers(name: str, tmp_p
     both = llamacpp.logits(residual, TOKENS, [adapter])
     assert np.abs(both - found).max() < 2e-3
     assert np.abs(llamacpp.logits(residual, TOKENS) - found).max() > 0.02
+
+
+def test_an_adapter_of_every_expert_is_what_it_adds_to_each(tmp_path: Path) -> None:
+    """PEFT under transformers 4 adapted experts one by one; llama.cpp's sum is that of a merged model."""
+    tiny = MODELS["qwen3moe"]
+    model = _model(tiny, tmp_path / "base")
+    base = _template(tiny, tmp_path / "base", tmp_path / "base.gguf")
+    tensors = _tensors(tmp_path / "base")
+    generator = torch.Generator().manual_seed(4)
+    pairs = {
+        name.removesuffix(".weight"): (
+            torch.randn(3, tensor.shape[1], generator=generator),
+            0.1 * torch.randn(tensor.shape[0], 3, generator=generator),
+        )
+        for name, tensor in tensors.items()
+        if ".experts." in name or name.endswith("mlp.gate.weight")
+    }
+    lora = write(tmp_path / "lora", tensors_of(pairs), lora_alpha=6)
+    for name, (a, b) in pairs.items():
+        tensors[f"{name}.weight"] += 2 * b @ a
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    expected = _logits(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    )
+    convert(lora, tmp_path / "lora.gguf", "gguf", base_gguf=base, outtype="f32")
+    assert np.abs(llamacpp.logits(base, TOKENS, [tmp_path / "lora.gguf"]) - expected).max() < 2e-3
+    assert np.abs(_logits(model) - expected).max() > 0.02
+    convert(base, tmp_path / "merged.gguf", "merged", adapter=lora)
+    assert np.abs(llamacpp.logits(tmp_path / "merged.gguf", TOKENS) - expected).max() < 2e-3

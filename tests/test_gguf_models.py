@@ -18,12 +18,13 @@ import smollm2
 import torch
 from adapters import tensors_of, write
 from checkpoints import digests, load_all
-from gguf_models import add, finish, keys_of, types_of, values_of
+from gguf_models import add, finish, keys_of, smollm2_by_type, types_of, values_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pissa_convert import convert, gguf_steps, plan, verify
 from pissa_convert.cli import main
@@ -216,11 +217,19 @@ NAMES = {
 }
 
 
-def small_gguf(model: dict[str, torch.Tensor], path: Path, kind: str = "F16", skip: str = "nothing") -> Path:
+def small_gguf(
+    model: dict[str, torch.Tensor],
+    path: Path,
+    kind: str = "F16",
+    skip: str = "nothing",
+    architecture: str = "llama",
+    is_permuted: bool = True,
+    norms: float = 0.0,
+) -> Path:
     """A llama's GGUF, written with the gguf package and the names above."""
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_block_count(3)
     writer.add_head_count(4)
@@ -232,8 +241,10 @@ def small_gguf(model: dict[str, torch.Tensor], path: Path, kind: str = "F16", sk
         else:
             _, _, number, module = name.removesuffix(".weight").split(".", 3)
             named = f"blk.{number}.{NAMES[module]}"
-            if module.endswith(("q_proj", "k_proj")):
+            if module.endswith(("q_proj", "k_proj")) and is_permuted:
                 values = permuted(values, 4 if "q_" in module else 2)
+        if named.endswith("norm"):
+            values = values + np.float32(norms)
         if skip != named:
             add(writer, f"{named}.weight", values, kind if values.ndim > 1 else "F32")
     add(writer, "rope_freqs.weight", np.ones(8), "F32")
@@ -284,20 +295,56 @@ def test_many_steps_give_the_bytes_of_one(
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-@pytest.mark.parametrize("rename", range(1, 4))
+@pytest.mark.parametrize("kind", ["model", "adapter", "merged", "split"])
 def test_killed_at_any_rename_the_same_command_continues(
-    rename: int, small: Path, template: Path, tmp_path: Path
+    kind: str, small: Path, template: Path, tmp_path: Path
 ) -> None:
-    command = [str(small), "out.gguf", "--to", "gguf", "--base-gguf", str(template), "--outtype", "q8_0", "--quiet"]
-    convert(small, tmp_path / "whole" / "out.gguf", "gguf", base_gguf=template, outtype="q8_0")
-    (tmp_path / "killed").mkdir()
-    run = subprocess.run([sys.executable, DYING, "replace", str(rename), "before", *command], cwd=tmp_path / "killed")
-    if run.returncode:
-        assert run.returncode == -signal.SIGKILL
-        assert not (tmp_path / "killed" / "out.gguf.pissa_convert.json").exists()
-    again = subprocess.run([sys.executable, "-m", "pissa_convert", *command], cwd=tmp_path / "killed")
-    assert again.returncode == 0
-    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    lora = random_lora(small, tmp_path / "lora")
+    command = {
+        "model": [str(small), "out.gguf", "--to", "gguf", "--base-gguf", str(template), "--outtype", "q8_0"],
+        "adapter": [str(lora), "out.gguf", "--to", "gguf", "--base-gguf", str(template)],
+        "merged": [str(template), "out.gguf", "--to", "merged", "--adapter", str(lora)],
+        "split": [str(template), "out", "--to", "pissa", "--rank", "4"],
+    }[kind]
+    run_in(tmp_path / "whole", [sys.executable, "-m", "pissa_convert", *command])
+    killed = 0
+    for rename in range(1, 5):
+        folder = tmp_path / f"killed-{rename}"
+        if run_in(folder, [sys.executable, DYING, "replace", str(rename), "before", *command]) == 0:
+            break
+        killed += 1
+        assert not [*folder.rglob("*pissa_convert.json")]
+        assert run_in(folder, [sys.executable, "-m", "pissa_convert", *command]) == 0
+        assert digests(folder) == digests(tmp_path / "whole")
+    assert killed == (3 if kind == "split" else 2)
+
+
+def run_in(folder: Path, command: list[str]) -> int:
+    folder.mkdir(exist_ok=True)
+    code = subprocess.run([*command, "--quiet"], cwd=folder).returncode
+    assert code in (0, -signal.SIGKILL)
+    return code
+
+
+def test_the_peak_of_memory_is_what_the_plan_says(tmp_path: Path) -> None:
+    """A model far larger than the budget, in a process of its own."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "big.gguf", "llama")
+    writer.add_block_count(8)
+    writer.add_head_count(8)
+    dice = np.random.default_rng(0)
+    for number in range(8):
+        add(writer, f"blk.{number}.ffn_up.weight", dice.standard_normal((4096, 2048), np.float32), "F32")
+    base = finish(writer)
+    pairs = {f"model.layers.{n}.mlp.up_proj": (torch.randn(4, 2048), torch.randn(4096, 4)) for n in range(8)}
+    lora = write(tmp_path / "lora", tensors_of(pairs))
+    limit = 320 << 20
+    command = [str(base), "out.gguf", "--to", "merged", "--adapter", str(lora), "--outtype", "q4_1"]
+    command += ["--max-memory", str(limit), "--log-json", "log.json"]
+    assert run_in(tmp_path, [sys.executable, "-m", "pissa_convert", *command]) == 0
+    assert base.stat().st_size > 250 << 20
+    assert json.loads((tmp_path / "log.json").read_text())["peak_memory"] <= limit
 
 
 def test_an_interrupted_run_keeps_what_its_digests_prove(
@@ -391,6 +438,24 @@ def test_a_template_of_another_model_is_refused_by_name(
     model = changed(small, tmp_path / "changed", change)
     with pytest.raises(RequestError, match=said):
         plan(model, tmp_path / "out.gguf", "gguf", base_gguf=template)
+
+
+@pytest.mark.parametrize("is_permuted", [True, False])
+@pytest.mark.parametrize("norms", [0.0, 1.0])
+def test_the_order_of_an_architecture_that_is_not_known_is_what_the_templates_values_show(
+    is_permuted: bool, norms: float, small: Path, tmp_path: Path
+) -> None:
+    tensors = load_all(small)
+    other: dict[str, Any] = {"architecture": "xverse", "is_permuted": is_permuted, "norms": norms}
+    template = small_gguf(tensors, tmp_path / "t.gguf", "Q4_0", **other)
+    convert(small, tmp_path / "out.gguf", "gguf", base_gguf=template, outtype="f32")
+    found, expected = (
+        values_of(tmp_path / "out.gguf"),
+        values_of(small_gguf(tensors, tmp_path / "e.gguf", "F32", **other)),
+    )
+    assert all((found[name] == expected[name]).all() for name in expected)
+    with pytest.raises(RequestError, match="how this architecture orders the rows"):
+        plan(random_lora(small, tmp_path / "lora"), tmp_path / "a.gguf", "gguf", base_gguf=template)
 
 
 def test_a_template_whose_head_is_tied_is_no_template_of_a_model_whose_head_is_not(small: Path, tmp_path: Path) -> None:
@@ -534,7 +599,8 @@ def test_residual_and_principal_adapter_are_the_base(
 
 
 def split_files(folder: Path) -> tuple[Path, Path]:
-    residual, adapter = sorted(folder.glob("*.gguf"))
+    """The residual and the adapter."""
+    residual, adapter = sorted(folder.glob("*.gguf"))  # in this order: capitals come first
     return residual, adapter
 
 
@@ -689,3 +755,50 @@ def test_verify_from_the_command_line(
     assert "what is stored within" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing.gguf"), "--verify"]) == 2
     assert "no finished conversion" in capsys.readouterr().err
+
+
+# --- the whole of SmolLM2 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_all_of_smollm2(tmp_path: Path) -> None:
+    """What the tests above say of its first layers, for all 30, with the numbers that the README gives."""
+    smollm2.write_checkpoint(tmp_path / "model", torch.float32)
+    ggufs = smollm2_by_type(tmp_path, 30)
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "model")(smollm2.TEXT)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    lora = random_lora(tmp_path / "model", tmp_path / "lora", scale=0.002, rank=8)
+    with torch.no_grad():
+        original = model.eval()(torch.tensor([tokens])).logits[0].double().numpy()
+        adapted = PeftModel.from_pretrained(model, lora).eval()
+        trained = adapted(torch.tensor([tokens])).logits[0].double().numpy()
+
+    def told(what: str, expected: Any, *given: Any) -> tuple[float, float, float]:
+        found = llamacpp.logits(*given)
+        sizes = np.abs(found - expected).max(), llamacpp.divergence(expected, found), llamacpp.top1(expected, found)
+        print(f"{what}: max |Δlogit| {sizes[0]:.1e}, KL {sizes[1]:.1e}, top-1 {sizes[2]:.2%}")
+        return sizes
+
+    assert told("no adapter", trained, ggufs["F32"], tokens)[1] > 1e-3
+    for kind in ("F32", "F16", "Q8_0", "Q4_K_M"):
+        made = tmp_path / f"lora-{kind}.gguf"
+        convert(lora, made, "gguf", base_gguf=ggufs[kind], outtype="f32" if kind == "F32" else "f16")
+        far, kl, same = told(f"adapter on {kind}", trained, ggufs[kind], tokens, [made])
+        if kind == "F32":
+            assert far < 0.01
+        elif kind == "F16":
+            assert kl < 1e-4
+            assert same > 0.99
+        else:
+            assert kl < told(f"{kind} without it", trained, ggufs[kind], tokens)[1]
+    convert(ggufs["F32"], tmp_path / "merged.gguf", "merged", adapter=lora)
+    assert told("merged GGUF", trained, tmp_path / "merged.gguf", tokens)[0] < 0.01
+    convert(tmp_path / "model", tmp_path / "merged", "merged", adapter=lora)
+    convert(tmp_path / "merged", tmp_path / "folder.gguf", "gguf", base_gguf=ggufs["Q4_K_M"], outtype="f16")
+    assert told("merged folder as F16", trained, tmp_path / "folder.gguf", tokens)[1] < 1e-4
+    for kind, outtype in (("F16", "same"), ("F16", "q4_0")):
+        convert(ggufs[kind], tmp_path / outtype, "pissa", outtype=outtype)
+        residual, adapter = split_files(tmp_path / outtype)
+        kl = told(f"residual {outtype} and adapter", original, residual, tokens, [adapter])[1]
+        assert kl < (1e-4 if outtype == "same" else 0.5)
+        told(f"residual {outtype} alone", original, residual, tokens)

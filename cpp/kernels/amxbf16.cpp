@@ -209,6 +209,7 @@ constexpr Bf16Kernels kBf16 = {
 }  // namespace
 
 const Kernels kAmxBf16 = {
-    "amxbf16", make_tile<Float16, 8, 3, 12>(), make_tile<Double8, 8, 3, 12>(), &kBf16, widen, subtract, max_magnitude};
+    "amxbf16", make_tile<Float16, 8, 3, 12>(), make_tile<Double8, 8, 3, 12>(), &kBf16, widen, subtract, max_magnitude,
+    quantise};
 
 }  // namespace pissa

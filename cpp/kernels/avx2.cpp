@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C.
 #include <immintrin.h>
 
+#include "kernels/blocks.hpp"
 #include "kernels/tiles.hpp"
 
 namespace pissa {
@@ -110,9 +111,15 @@ void subtract(void* w, DType dtype, const void* product, std::size_t count, floa
   }
 }
 
+bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode& code, std::uint8_t* packed,
+              float* absmax) {
+  return quantise_with(widen, src, dtype, count, code, packed, absmax);
+}
+
 }  // namespace
 
 const Kernels kAvx2 = {
-    "avx2", make_tile<Float8, 4, 3, 6>(), make_tile<Double4, 4, 3, 6>(), nullptr, widen, subtract, max_magnitude};
+    "avx2",  make_tile<Float8, 4, 3, 6>(), make_tile<Double4, 4, 3, 6>(), nullptr, widen, subtract, max_magnitude,
+    quantise};
 
 }  // namespace pissa

@@ -4,6 +4,7 @@
 namespace pissa {
 
 const Kernels kAvx512 = {
-    "avx512", make_tile<Float16, 8, 3, 12>(), make_tile<Double8, 8, 3, 12>(), nullptr, widen, subtract, max_magnitude};
+    "avx512", make_tile<Float16, 8, 3, 12>(), make_tile<Double8, 8, 3, 12>(), nullptr, widen, subtract, max_magnitude,
+    quantise};
 
 }  // namespace pissa

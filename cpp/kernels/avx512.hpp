@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "kernels/blocks.hpp"
 #include "kernels/tiles.hpp"
 
 namespace pissa {
@@ -104,6 +105,11 @@ void subtract(void* w, DType dtype, const void* product, std::size_t count, floa
   } else {
     subtract_half(static_cast<std::uint16_t*>(w), dtype, static_cast<const float*>(product), count, scale, norms);
   }
+}
+
+bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode& code, std::uint8_t* packed,
+              float* absmax) {
+  return quantise_with(widen, src, dtype, count, code, packed, absmax);
 }
 
 }  // namespace

@@ -8,8 +8,13 @@ constexpr Bf16Kernels kBf16 = {make_tile<Bf16Pair16, 8, 3, 12>(), narrow, pack_p
 
 }  // namespace
 
-const Kernels kAvx512Bf16 = {
-    "avx512bf16", make_tile<Float16, 8, 3, 12>(), make_tile<Double8, 8, 3, 12>(), &kBf16, widen, subtract,
-    max_magnitude};
+const Kernels kAvx512Bf16 = {"avx512bf16",
+                             make_tile<Float16, 8, 3, 12>(),
+                             make_tile<Double8, 8, 3, 12>(),
+                             &kBf16,
+                             widen,
+                             subtract,
+                             max_magnitude,
+                             quantise};
 
 }  // namespace pissa

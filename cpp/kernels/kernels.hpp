@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "four_bit.hpp"
 #include "weight.hpp"
 
 namespace pissa {
@@ -67,6 +68,10 @@ struct Kernels {
   void (*subtract)(void* w, DType dtype, const void* product, std::size_t count, float scale, TileNorms& norms);
   // Largest magnitude of `count` values; infinity where any is not finite.
   float (*max_magnitude)(const void* src, DType dtype, std::size_t count);
+  // 4-bit codes and absmaxes of `count` values, blocks of 64 from the first on (four_bit.hpp). False where one is not
+  // finite.
+  bool (*quantise)(const void* src, DType dtype, std::size_t count, const FourBitCode& code, std::uint8_t* packed,
+                   float* absmax);
 };
 
 // The best the CPU has, or the one that the environment variable PISSA_CONVERT_KERNEL names.

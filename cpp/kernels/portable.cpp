@@ -1,4 +1,5 @@
 // Any CPU: plain C++ that the compiler turns into whatever vectors the baseline has.
+#include "kernels/blocks.hpp"
 #include "kernels/tiles.hpp"
 
 namespace pissa {
@@ -63,10 +64,20 @@ void subtract(void* w, DType dtype, const void* product, std::size_t count, floa
   }
 }
 
+bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode& code, std::uint8_t* packed,
+              float* absmax) {
+  return quantise_with(widen, src, dtype, count, code, packed, absmax);
+}
+
 }  // namespace
 
-const Kernels kPortable = {
-    "portable",   make_tile<Plain<float>, 2, 2, 2>(), make_tile<Plain<double>, 2, 2, 2>(), nullptr, widen, subtract,
-    max_magnitude};
+const Kernels kPortable = {"portable",
+                           make_tile<Plain<float>, 2, 2, 2>(),
+                           make_tile<Plain<double>, 2, 2, 2>(),
+                           nullptr,
+                           widen,
+                           subtract,
+                           max_magnitude,
+                           quantise};
 
 }  // namespace pissa

@@ -3,6 +3,13 @@
 run.py          any plan that walks a model's shards, from lock to manifest; and a split
 merge.py        a merge by the same way: what a lane does
 lora.py         the shorter way of a LoRA, which walks two adapters
+gguf.py         a model's GGUF by the way of every model: what a lane does
+gguf_adapter.py the shorter way of an adapter's GGUF
+ordered.py      what the two shorter ways share
+model_rows.py   a model's rows in the order of a GGUF
+template_check.py, gguf_base_check.py
+                whether a GGUF and a model, or an adapter, belong together
+gguf_sizes.py   what other types would cost
 factors.py      adapters' values, read by position or split again
 base_check.py   whether an adapter belongs to a model
 destination.py  what DEST holds before work starts, and whether that may be continued or replaced
@@ -16,6 +23,6 @@ files.py        output files that grow as NAME.partial and are committed by rena
 journal.py      what is already done, in lines that prove themselves
 verify.py       a finished folder against its manifest
 verify_jobs.py  what there is to check, by target
-comparison.py, lora_check.py, merge_check.py
+comparison.py, lora_check.py, merge_check.py, gguf_check.py
                 a result against what it was made from
 """

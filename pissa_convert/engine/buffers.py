@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import threading
-from collections import deque
 from dataclasses import dataclass
 
 from pissa_convert.memory import PAGE, footprint
@@ -28,10 +28,11 @@ class Buffer:
 
 
 class Buffers:
-    """A ring of as many bytes as the budget: hands out what fits, and makes the taker wait otherwise.
+    """An arena of as many bytes as the budget: hands out what fits, and makes the taker wait otherwise.
 
-    The pipeline gives buffers back in about the order in which it takes them, so the free bytes stay in one piece. The
-    same pages are used over and over: getting new ones, zeroed, costs as much as reading the weights into them.
+    A buffer lies as far in front as it fits, so that the same pages are used over and over: getting new ones costs as
+    much as reading the weights into them, and on a virtual machine several times that. The pipeline gives buffers back
+    in about the order in which it takes them, so the free bytes stay in few pieces.
     """
 
     def __init__(self, budget: int) -> None:
@@ -41,7 +42,7 @@ class Buffers:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             arena.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults
         self._arena = memoryview(arena)
-        self._buffers: deque[Buffer] = deque()
+        self._buffers: list[Buffer] = []  # in the order of their places
         self._changed = threading.Condition()
         self._cancelled = False
 
@@ -83,19 +84,17 @@ class Buffers:
             return None
         first = begin + (at % PAGE if at % _ELEMENT == 0 else 0)
         buffer = Buffer(self._arena[first : first + nbytes], begin, begin + size, holders)
-        self._buffers.append(buffer)
+        bisect.insort(self._buffers, buffer, key=lambda held: held.begin)
         return buffer
 
     def _place(self, size: int) -> int | None:
-        """Where `size` bytes are free in one piece, if anywhere."""
-        if not self._buffers:
-            return 0
-        first, end = self._buffers[0].begin, self._buffers[-1].end
-        if first < end:  # taken is first:end
-            if end + size <= self._capacity:
-                return end
-            return 0 if size <= first else None
-        return end if end + size <= first else None  # free is end:first
+        """The first place where `size` bytes are free in one piece, if there is one."""
+        begin = 0
+        for buffer in self._buffers:
+            if buffer.begin - begin >= size:
+                break
+            begin = buffer.end
+        return begin if begin + size <= self._capacity else None
 
     def give_back(self, buffer: Buffer) -> None:
         """Return a buffer; who calls this may not look at it any more."""
@@ -104,8 +103,7 @@ class Buffers:
             if buffer.holders:
                 return
             buffer.view.release()
-            while self._buffers and not self._buffers[0].holders:
-                self._buffers.popleft()
+            self._buffers.remove(buffer)
             self._changed.notify_all()
 
     def cancel(self) -> None:

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from pissa_convert.engine.factors import FactorFile
-from pissa_convert.errors import RequestError
 from pissa_convert.formats.gguf_types import PLAIN, TYPES, type_bytes
 from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.gguf_planning import chosen_type
 from pissa_convert.gguf_steps import Encode, GgufSplit
 from pissa_convert.report import SizeLine
-from pissa_convert.transforms.ggml import Array, check_encodable, decode, store
+from pissa_convert.transforms.ggml import Array, can_encode, decode, store
 
 Exact = Callable[[Encode, memoryview], Array]
 
@@ -33,7 +32,7 @@ def size_table(plan: GgufPlan, entries: Mapping[str, Mapping[str, Any]], exact: 
         exact: the values of a step's rows before they are stored, from the base's bytes.
     """
     steps = [*_matrices(plan)]
-    if all(_stored_kind(step) in PLAIN for step in steps):
+    if all(step.stored_kind in PLAIN for step in steps):
         return ()
     made = plan.shard.size + (plan.beside.size if plan.beside is not None else 0)
     what = "this file" if plan.beside is None else "residual and adapter"
@@ -55,7 +54,7 @@ def _matrices(plan: GgufPlan) -> Iterator[Encode | GgufSplit]:
     seen = set()
     steps: Iterator[Encode | GgufSplit] = plan.encodings if plan.beside is None else plan.splits
     for step in steps:
-        if _key(step) not in seen and _columns(step) > 1:
+        if _key(step) not in seen and step.columns > 1:
             seen.add(_key(step))
             yield step
 
@@ -64,21 +63,13 @@ def _key(step: Encode | GgufSplit) -> str:
     return step.key if isinstance(step, GgufSplit) else step.tensor
 
 
-def _columns(step: Encode | GgufSplit) -> int:
-    return step.spec.cols if isinstance(step, GgufSplit) else step.columns
-
-
-def _stored_kind(step: Encode | GgufSplit) -> str:
-    return step.stored_kind if isinstance(step, GgufSplit) else step.treatment.kind
-
-
 def _sample(step: Encode | GgufSplit, exact: Exact, file: FactorFile) -> Array:
     """Some rows as they were before anything was stored."""
-    columns, group = _columns(step), 1
+    columns, group = step.columns, 1
     if isinstance(step, Encode) and step.treatment.origin is not None:
         group = step.treatment.origin.group
     rows = max(1, _VALUES // columns // group) * group
-    rows = min(rows, step.spec.rows if isinstance(step, GgufSplit) else step.bottom - step.top)
+    rows = min(rows, step.rows)
     data = file.bytes(step.begin, rows * TYPES[step.kind].row_bytes(columns))
     if isinstance(step, GgufSplit):
         return decode(data, step.kind, columns)
@@ -93,9 +84,7 @@ def _in_type(plan: GgufPlan, outtype: str, samples: list[tuple[str, Array]]) -> 
     total = 0.0
     for name, values in samples:
         kind = chosen_type(plan.base.tensors[name], outtype)
-        try:
-            check_encodable(kind)
-        except RequestError:
+        if not can_encode(kind):
             return None
         stored = memoryview(bytearray(len(values) * TYPES[kind].row_bytes(values.shape[1])))
         total += store(values, kind, stored).relative_error ** 2

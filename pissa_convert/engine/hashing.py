@@ -122,12 +122,18 @@ class Hashing:
             self._is_closing = True
             self._changed.notify_all()
 
-    def feed(self, line: Line, digest: Digest, view: memoryview, then: _Then | None = None) -> Ticket:
-        """Hash `view` after what came before it on this side, release it, and call `then` in the hashing thread."""
+    def feed(
+        self, line: Line, digest: Digest, view: memoryview, then: _Then | None = None, *, alone: bool = False
+    ) -> Ticket:
+        """Hash `view` after what came before it on this side, release it, and call `then` in the hashing thread.
+
+        `alone`: no partner will come.
+        """
         with self._changed:
             piece = _Piece(digest, view, then)
             line.pieces.append(piece)
             line.fed += 1
+            line.wanted = line.fed if alone else line.wanted
             self._changed.notify_all()
             return Ticket(self, line, line.fed, piece)
 

@@ -58,13 +58,7 @@ class Reader:
             if index < shard.steps_done:
                 continue
             if isinstance(step, Copy):
-                for begin, end in chunks(step.begin, step.end):
-                    at = step.at + begin - step.begin
-                    buffer = self._take(end - begin, at, Chunk.HOLDERS)
-                    hashed = self._read(
-                        source, begin, buffer.view[:], path, digest, partial(self.buffers.give_back, buffer)
-                    )
-                    self.items.put(Chunk(at, buffer))
+                hashed = self._read_copy(shard, step, source, digest, alike=index == 0 and shard.begins_alike)
             else:
                 buffer = self._take(step.nbytes, step.at - step.result.start, Result.HOLDERS)
                 hashed = self._read(source, step.begin, buffer.view[: step.end - step.begin], path, digest)
@@ -74,6 +68,20 @@ class Reader:
         if after.st_ctime_ns != before.st_ctime_ns and hash_file(path).sha256 != hashed.sha256():
             raise _changed(path, "while it was read")
         self.items.put(End(hashed))
+
+    def _read_copy(self, shard: Shard, step: Copy, source: int, digest: Digest, *, alike: bool) -> Ticket:
+        for begin, end in chunks(step.begin, step.end):
+            at = step.at + begin - step.begin
+            buffer = self._take(end - begin, at, Chunk.HOLDERS_ALIKE if alike else Chunk.HOLDERS)
+
+            def then(buffer: Buffer = buffer, is_last: bool = end == step.end) -> None:
+                self.buffers.give_back(buffer)
+                if alike and is_last:
+                    shard.digest = digest.copy()
+
+            hashed = self._read(source, begin, buffer.view[:], shard.plan.source.path, digest, then, alone=alike)
+            self.items.put(Chunk(at, buffer, hashed if alike else None))
+        return hashed
 
     def _take(self, nbytes: int, at: int, holders: int) -> Buffer:
         buffer = self.buffers.take_now(nbytes, at=at, holders=holders)
@@ -108,13 +116,16 @@ class Reader:
         path: Path,
         digest: Digest,
         then: Callable[[], None] | None = None,
+        *,
+        alone: bool = False,
     ) -> Ticket:
         """Fill `view`, which is then hashed and released, and `then` called; the ticket says when."""
         started = time.perf_counter()
         for at, end in chunks(0, len(view)):
             piece = view[at:end]
             read_exactly(source, begin + at, piece, path)
-            hashed = self.hashing.feed(self.hashing.source, digest, piece, then if end == len(view) else None)
+            last = then if end == len(view) else None
+            hashed = self.hashing.feed(self.hashing.source, digest, piece, last, alone=alone)
         self.timings.read_seconds += time.perf_counter() - started
         self.timings.source_bytes += len(view)
         self.timings.hash_seconds = self.hashing.seconds

@@ -28,6 +28,7 @@ from pissa_convert.engine.recovery import recover
 from pissa_convert.engine.work import ModelPlan
 from pissa_convert.engine.workers import MakeLanes, Workers, open_beside
 from pissa_convert.errors import ConversionError
+from pissa_convert.fingerprint import identity
 from pissa_convert.formats.manifest import FileRecord, manifest_name, read_manifest
 from pissa_convert.linalg import Backend
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
@@ -141,7 +142,7 @@ def _convert(
             done.outputs[plan.beside.name] = _commit_beside(plan, beside, done.side)
     for name, path in plan.sources.items():
         if name not in done.sources:
-            done.sources[name] = hash_file(path)
+            done.sources[name] = _hash_unchanged(plan, name, path)
     for name, text in plan.texts.items():
         done.outputs[name] = _write_text(plan.dest / name, text)
     for name in plan.copies:
@@ -152,6 +153,16 @@ def _convert(
     write_file(manifest, plan.manifest(done.sources, done.outputs, done.stats))
     journal.remove()
     return read_manifest(manifest).tensors, ledger.timings
+
+
+def _hash_unchanged(plan: ModelPlan, name: str, path: Path) -> FileRecord:
+    """The record of a file that lanes read by position: what they read is what is hashed now."""
+    record = hash_file(path)
+    if identity(path) != list(plan.fingerprint[f"source file {name}"]):
+        raise ConversionError(
+            "the file has changed during the work", file=path, fix="restore it, or start over with --overwrite"
+        )
+    return record
 
 
 def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str]) -> FileRecord:

@@ -14,7 +14,7 @@ from pissa_convert.engine.digest import Digest, sha256
 from pissa_convert.engine.hashing import Ticket
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.memory import MemoryPlan
-from pissa_convert.steps import Change, ShardPlan, Stats
+from pissa_convert.steps import Change, Copy, ShardPlan, Stats
 
 Transform = Callable[[Any, Path, memoryview], Stats]
 """Does a step's work on its buffer, which begins with the source's bytes; the source file is named in errors."""
@@ -114,6 +114,13 @@ class Shard:
     source_sha256: str | None = None
 
     @property
+    def begins_alike(self) -> bool:
+        """Header and first step are the source's, and nothing is done yet: up to there both have one digest."""
+        plan = self.plan
+        first = plan.steps[0] if plan.steps and not self.steps_done else None
+        return isinstance(first, Copy) and first.begin < first.end and plan.header == plan.source.header
+
+    @property
     def offset(self) -> int:
         """Bytes of the source that need no more work."""
         if not self.steps_done:
@@ -130,12 +137,14 @@ class Begin:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes that pass through to `at` of the output."""
+    """Bytes that pass through to `at` of the output; `alike`: their hashing, where the source's is the output's too."""
 
     HOLDERS: ClassVar[int] = 3  # of the buffer: the hashing of source and output, and the writer
+    HOLDERS_ALIKE: ClassVar[int] = 2
 
     at: int
     buffer: Buffer
+    alike: Ticket | None
 
 
 @dataclass(frozen=True)

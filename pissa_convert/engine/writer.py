@@ -82,7 +82,8 @@ class Writer:
     def _write_shard(self, shard: Shard, file: PartialFile, items: queue.Queue[Item]) -> None:
         if not shard.steps_done:
             file.write(shard.plan.header, 0)
-            shard.digest.update(shard.plan.header)
+            if not shard.begins_alike:
+                shard.digest.update(shard.plan.header)
         while True:
             if items.empty():
                 self._settle(wait=True)
@@ -113,7 +114,7 @@ class Writer:
 
     def _write_chunk(self, item: Chunk, file: PartialFile, shard: Shard) -> None:
         nbytes = len(item.buffer.view)
-        hashed = self._hash(shard, item.buffer.view[:], item.buffer)
+        hashed = item.alike or self._hash(shard, item.buffer.view[:], item.buffer)
         self._write(file, item.buffer.view[:], item.at)
         self._unsettled.append((hashed, partial(self._sink.progress, nbytes)))
 

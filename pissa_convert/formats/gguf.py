@@ -110,6 +110,13 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.wrong(f"{what} is not UTF-8 ({error.reason})") from None
 
+    def name(self, limit: int, what: str) -> str:
+        """A text that ends nowhere earlier for whoever reads it in C."""
+        text = self.text(limit, what)
+        if "\0" in text:
+            raise self.wrong(f"{what} has a zero byte in it", found=text[:200])
+        return text
+
     def value(self, key: str) -> Any:
         kind = self.number("I")
         if kind == _STRING:
@@ -198,7 +205,7 @@ def _pairs(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[str, bytes
     pairs: dict[str, bytes] = {}
     for _ in _counted(count):
         begin = cursor.at
-        key = cursor.text(_MAX_KEY, "a key")
+        key = cursor.name(_MAX_KEY, "a key")
         if key in values:
             raise cursor.wrong("a key is there twice", found=key[:200])
         values[key] = cursor.value(key)
@@ -211,7 +218,7 @@ _Entry = tuple[str, str, tuple[int, ...], int]
 
 def _entry(cursor: _Cursor) -> _Entry:
     """Name, type, shape and offset of a tensor."""
-    name = cursor.text(_MAX_NAME, "a tensor's name")
+    name = cursor.name(_MAX_NAME, "a tensor's name")
     count = cursor.number("I")
     if not 0 < count <= 4:
         raise cursor.wrong("has an odd number of dimensions", tensor=name, expected="1 to 4", found=count)

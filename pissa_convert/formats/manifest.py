@@ -30,6 +30,7 @@ _AGAIN = "make the conversion again with --overwrite"
 
 _ENTRY_KEYS: dict[str, dict[str, type]] = {
     "pissa": {"file": str, "module": str, "fan_in_fan_out": bool, "relative_error": float},
+    "qpissa": {"file": str, "module": str, "transposed": bool, "adapted": bool, "relative_error": float, "norm": float},
     "lora": {"rank": int, "relative_error": float, "norm": float},
     "merged": {"file": str, "relative_error": float},
     "gguf": {"relative_error": float},

@@ -58,7 +58,7 @@ def residual_card(
     """The card of a `--to pissa` result.
 
     Args:
-        original: the source's README.md, or None. Its YAML front matter stays on top, where the Hub looks for it.
+        original: the source's README.md, or None.
         layers: number of weights that were split.
         architectures: `architectures` of config.json.
     """
@@ -74,6 +74,11 @@ def residual_card(
         version=version,
         auto_class="AutoModelForCausalLM" if is_causal else "AutoModel",
     )
+    return with_original(ours, original)
+
+
+def with_original(ours: str, original: bytes | None) -> bytes:
+    """Our card, and below it the source's, whose YAML front matter stays on top, where the Hub looks for it."""
     if original is None:
         return ours.encode()
     front, body = split_front_matter(original.decode("utf-8", "surrogateescape"))

@@ -51,6 +51,12 @@ class SplitSpec:
         """(out, rank)."""
         return self.cols if self.fan_in_fan_out else self.rows, self.rank
 
+    @property
+    def factor_bytes(self) -> tuple[int, int]:
+        """Bytes of A and of B."""
+        width = 4 if self.adapter_dtype == "F32" else 2
+        return width * self.a_shape[0] * self.a_shape[1], width * self.b_shape[0] * self.b_shape[1]
+
 
 @dataclass(frozen=True)
 class SplitStats:
@@ -145,6 +151,100 @@ class Backend(Protocol):
 
     def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
         """Upper bound of the memory that so many threads take beside the three buffers."""
+
+
+@dataclass(frozen=True)
+class FourBitSpec:
+    """How values are quantised blockwise: what bitsandbytes calls quant_type, shape, dtype, and double quantisation.
+
+    Attributes:
+        rows, cols: of the matrix, row-major; blocks of 64 values run through all of it.
+        dtype: of the values ("F32", "F16" or "BF16"), and of what is read back.
+        code: "nf4" or "fp4".
+        nested: the blocks' absmaxes are themselves stored in 8 bits.
+    """
+
+    rows: int
+    cols: int
+    dtype: str
+    code: str
+    nested: bool
+
+    @property
+    def packed_bytes(self) -> int:
+        """Two codes in a byte."""
+        return (self.rows * self.cols + 1) // 2
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 64 values."""
+        return -(-self.rows * self.cols // 64)
+
+    @property
+    def nested_blocks(self) -> int:
+        """Blocks of 256 absmaxes; 0 where they are not nested."""
+        return -(-self.blocks // 256) if self.nested else 0
+
+
+@dataclass
+class FourBit:
+    """A quantised matrix in memory; backends fill and read the buffers.
+
+    Attributes:
+        packed: `packed_bytes` bytes.
+        absmax: of each block, float32: with double quantisation, what the stored ones mean.
+        nested_codes: the 8-bit absmaxes; empty without double quantisation.
+        nested_absmax: float32, of each nested block; empty without double quantisation.
+        offset: the absmaxes' mean, which is added to what the 8 bits say.
+    """
+
+    spec: FourBitSpec
+    packed: memoryview
+    absmax: memoryview
+    nested_codes: memoryview
+    nested_absmax: memoryview
+    offset: float = 0.0
+
+    @classmethod
+    def empty(cls, spec: FourBitSpec) -> FourBit:
+        """In buffers of its own."""
+        codes = spec.blocks if spec.nested else 0
+        packed, absmax, nested_codes, nested_absmax = (
+            memoryview(bytearray(size)) for size in (spec.packed_bytes, 4 * spec.blocks, codes, 4 * spec.nested_blocks)
+        )
+        return cls(spec, packed, absmax, nested_codes, nested_absmax)
+
+    @staticmethod
+    def nbytes(spec: FourBitSpec) -> int:
+        """Bytes of `empty`."""
+        return spec.packed_bytes + (5 if spec.nested else 4) * spec.blocks + 4 * spec.nested_blocks
+
+
+class Quantiser(Protocol):
+    """Blockwise 4-bit quantisation, to the bit as bitsandbytes does it. Q is what a `FourBit` reads back as."""
+
+    def quantise(self, values: memoryview, to: FourBit) -> None:
+        """Fill `to` with the codes of a matrix.
+
+        Raises:
+            WeightError: it holds NaN or infinity.
+        """
+
+    def dequantise(self, stored: FourBit, out: memoryview) -> None:
+        """out ← Q."""
+
+    def subtract(self, weight: memoryview, stored: FourBit, out: memoryview) -> None:
+        """out ← weight − Q; `weight` in the dtype of `stored`, `out` float32."""
+
+    def norm(self, values: memoryview, dtype: str) -> float:
+        """Frobenius norm of values in "F32", "F16" or "BF16"."""
+
+    def nuclear_norm(self, values: memoryview, rows: int, cols: int) -> float:
+        """Sum of the singular values of a float32 matrix."""
+
+    def relax(self, stored: FourBit, difference: memoryview, relaxation: float, target: memoryview) -> None:
+        """target ← target + relaxation·(difference + Q − target); `target` in the dtype of `stored`, `difference`
+        float32."""
 
 
 def tensor_key(seed: int, name: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pissa_convert import _core
 from pissa_convert.errors import RequestError, WeightError
-from pissa_convert.linalg import SplitSpec, SplitStats
+from pissa_convert.linalg import FourBit, SplitSpec, SplitStats
 
 
 def usable_cpus() -> int:
@@ -95,6 +95,40 @@ class NativeBackend:
             )
         except (ValueError, OverflowError) as error:
             raise WeightError(f"the weight {error}", fix="repair the checkpoint, or exclude the module") from error
+
+    def quantise(self, values: memoryview, to: FourBit) -> None:
+        """See `Quantiser.quantise`."""
+        spec = to.spec
+        try:
+            to.offset = self._splitter.quantise(
+                values, spec.dtype, spec.code, to.packed, to.absmax, to.nested_codes, to.nested_absmax
+            )
+        except ValueError as error:
+            raise WeightError(f"the weight {error}", fix="repair the checkpoint, or exclude the module") from error
+
+    def dequantise(self, stored: FourBit, out: memoryview) -> None:
+        """See `Quantiser.dequantise`."""
+        self._splitter.dequantise(out, stored.spec.dtype, stored.spec.code, stored.packed, stored.absmax)
+
+    def subtract(self, weight: memoryview, stored: FourBit, out: memoryview) -> None:
+        """See `Quantiser.subtract`."""
+        spec = stored.spec
+        self._splitter.subtract_stored(weight, out, spec.dtype, spec.code, stored.packed, stored.absmax)
+
+    def norm(self, values: memoryview, dtype: str) -> float:
+        """See `Quantiser.norm`."""
+        return self._splitter.norm(values, dtype)
+
+    def nuclear_norm(self, values: memoryview, rows: int, cols: int) -> float:
+        """See `Quantiser.nuclear_norm`."""
+        return self._splitter.nuclear_norm(values, rows, cols, "F32")
+
+    def relax(self, stored: FourBit, difference: memoryview, relaxation: float, target: memoryview) -> None:
+        """See `Quantiser.relax`."""
+        spec = stored.spec
+        self._splitter.relax_towards(
+            target, difference, relaxation, spec.dtype, spec.code, stored.packed, stored.absmax
+        )
 
     def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
         """See `Backend.workspace_bytes`."""

@@ -37,6 +37,11 @@ def can_decode(kind: str) -> bool:
     return kind not in _UNREADABLE
 
 
+def can_encode(kind: str) -> bool:
+    """Whether `encode` takes the type, here and now."""
+    return kind in ENCODED and (kind not in K_QUANTS or _library() is not None)
+
+
 def check_encodable(kind: str) -> None:
     """Refuse a type that cannot be written, here or at all.
 
@@ -50,7 +55,7 @@ def check_encodable(kind: str) -> None:
             found=kind.lower(),
             fix="choose one of these as --outtype",
         )
-    if kind in K_QUANTS and _library() is None:
+    if not can_encode(kind):
         raise RequestError(
             f"{kind.lower()} is written by ggml itself, which is not installed",
             fix="pip install libggml-python, or choose an --outtype such as q5_1 or q8_0",

@@ -1,0 +1,62 @@
+"""`--to qpissa`: the run around the quantising of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from pissa_convert.engine.lanes import MakeTransform
+from pissa_convert.engine.run import ProgressCallback, carry_out
+from pissa_convert.engine.workers import Workers
+from pissa_convert.linalg import Backend
+from pissa_convert.memory import peak_resident_bytes
+from pissa_convert.quant_plan import QuantPlan
+from pissa_convert.quant_stats import overall
+from pissa_convert.report import QuantReport
+from pissa_convert.transforms.alternate import QuantisingBackend
+from pissa_convert.transforms.quantise import QuantiseLane
+
+
+def run_quantised(
+    plan: QuantPlan, workers: Workers, *, overwrite: bool = False, progress: ProgressCallback | None = None
+) -> QuantReport:
+    """Quantise a model as planned.
+
+    Args:
+        plan: what to do.
+        workers: do it.
+        overwrite: replace an earlier conversion in the destination.
+        progress: called from this thread as work is finished.
+
+    Raises:
+        PissaError: see the family; after a ConversionError the same call continues where this one stopped.
+    """
+    done = carry_out(plan, quantising_lanes, workers, overwrite=overwrite, progress=progress)
+    adapted = [entry for entry in done.tensors.values() if entry["adapted"]]
+    types: dict[str, list[dict[str, Any]]] = {}
+    for entry in adapted:
+        types.setdefault(entry["module"].rpartition(".")[2], []).append(dict(entry))
+    return QuantReport(
+        dest=plan.dest,
+        tensors={name: dict(entry) for name, entry in done.tensors.items()},
+        adapted=overall(adapted),
+        by_type={name: overall(entries) for name, entries in types.items()},
+        resumed=done.resumed,
+        complete_before=done.complete_before,
+        wall_seconds=done.wall_seconds,
+        timings=done.timings,
+        peak_memory=peak_resident_bytes(),
+    )
+
+
+@contextmanager
+def quantising_lanes(plan: QuantPlan, backend: Backend) -> Iterator[MakeTransform]:
+    """Makes lanes that quantise."""
+    options = plan.options
+
+    def make(threads: int) -> QuantiseLane:
+        lane = cast("QuantisingBackend", backend.with_threads(threads))
+        return QuantiseLane(lane, options.iterations, options.compare_loftq)
+
+    yield make

@@ -1,0 +1,121 @@
+"""A quantised base and an adapter that fit one another: W ≈ Q + s·B·A with Q on the quantiser's grid.
+
+The paper's algorithm 1 (arXiv 2404.02948, appendix) alternates: A and B from the largest singular directions of W − Q,
+then Q from W − s·B·A. Three deviations, each for a smaller error at the same number of quantisations:
+
+- it ends with a refit of A and B to the Q that is stored, and not with a Q that they were not made for;
+- what is quantised is moved past its goal, I ← I + 2·(W − s·B·A − I). The codes change only where the goal has moved
+  by half a step, so going all the way and as much again reaches in five turns what the plain alternation reaches in ten
+  or more (over-relaxation, as in Gubin, Polyak & Raik 1967 for alternating projections);
+- the best of all turns is kept, and a turn that gains next to nothing is the last.
+
+LoftQ (arXiv 2310.08659) is the same alternation, plain, from A = B = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from pissa_convert.linalg import Backend, FourBit, FourBitSpec, Quantiser, SplitSpec
+
+_RELAXATION = 2.0
+
+_GAIN = 1e-3
+"""A turn that lowers the error by a smaller part of it is the last."""
+
+
+class QuantisingBackend(Backend, Quantiser, Protocol):
+    """Both halves of the alternation."""
+
+
+@dataclass
+class Adapted:
+    """A base with its adapter.
+
+    Attributes:
+        base: Q.
+        a, b: bytes of A and B.
+        difference: W − (Q + s·B·A), float32.
+        error: its norm.
+        iterations: quantisations until it was found.
+    """
+
+    base: FourBit
+    a: memoryview
+    b: memoryview
+    difference: memoryview
+    error: float
+    iterations: int
+
+
+def alternate(
+    weight: memoryview, split: SplitSpec, form: FourBitSpec, iterations: int, backend: QuantisingBackend
+) -> Adapted:
+    """Find a base and an adapter of one weight.
+
+    Args:
+        weight: its bytes, out × in; they stay as they are.
+        split: the adapter's rank, scaling and dtype.
+        form: how the base is stored.
+        iterations: quantisations at most.
+
+    Raises:
+        WeightError: it holds NaN or infinity, or a factor overflows its dtype.
+    """
+    goal = _copy(weight)
+    a, b = (memoryview(bytearray(size)) for size in split.factor_bytes)
+    backend.split(goal, a, b, split)  # leaves W − s·B·A
+    return _alternate(weight, goal, _RELAXATION, split, form, iterations, backend)
+
+
+def loftq(
+    weight: memoryview, split: SplitSpec, form: FourBitSpec, iterations: int, backend: QuantisingBackend
+) -> Adapted:
+    """The same in LoftQ's order, for comparison."""
+    return _alternate(weight, _copy(weight), 1.0, split, form, iterations, backend)
+
+
+def _alternate(
+    weight: memoryview,
+    goal: memoryview,
+    relaxation: float,
+    split: SplitSpec,
+    form: FourBitSpec,
+    iterations: int,
+    backend: QuantisingBackend,
+) -> Adapted:
+    best, spare = _empty(split, form), _empty(split, form)
+    refit = replace(split, dtype="F32")
+    for turn in range(1, iterations + 1):
+        backend.quantise(goal, spare.base)
+        backend.subtract(weight, spare.base, spare.difference)
+        backend.split(spare.difference, spare.a, spare.b, refit)
+        spare.error, spare.iterations = backend.norm(spare.difference, "F32"), turn
+        gained = turn == 1 or spare.error < (1 - _GAIN) * best.error
+        if turn < iterations and gained:
+            backend.relax(spare.base, spare.difference, relaxation, goal)
+        if turn == 1 or spare.error < best.error:
+            best, spare = spare, best
+        if not gained:
+            break
+    return best
+
+
+def _empty(split: SplitSpec, form: FourBitSpec) -> Adapted:
+    a, b = (memoryview(bytearray(size)) for size in split.factor_bytes)
+    return Adapted(FourBit.empty(form), a, b, memoryview(bytearray(4 * form.rows * form.cols)), 0.0, 0)
+
+
+def _copy(data: memoryview) -> memoryview:
+    return memoryview(bytearray(data))
+
+
+def workspace_bytes(split: SplitSpec | None, form: FourBitSpec) -> int:
+    """Bytes of what a weight's work holds beside its step's buffer, the backend's own apart."""
+    values = form.rows * form.cols
+    weight = values * (4 if form.dtype == "F32" else 2)
+    plain = weight + 4 * values + FourBit.nbytes(form)
+    return (
+        plain if split is None else plain + weight + 8 * values + 2 * (FourBit.nbytes(form) + sum(split.factor_bytes))
+    )

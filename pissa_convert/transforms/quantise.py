@@ -1,0 +1,85 @@
+"""Quantise one weight: its 4-bit tensors appear beside it, and A and B where it gets an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from pissa_convert.errors import WeightError
+from pissa_convert.formats.bitsandbytes import fill
+from pissa_convert.linalg import FourBit, FourBitSpec, SplitSpec
+from pissa_convert.quant_stats import QuantStats
+from pissa_convert.quant_steps import Quantise
+from pissa_convert.transforms.alternate import QuantisingBackend, alternate, loftq
+
+
+@dataclass(frozen=True)
+class QuantiseLane:
+    """Does the work of a step.
+
+    Attributes:
+        backend: its own.
+        iterations: quantisations of a weight at most.
+        compare_loftq: find out what LoftQ's order would have reached, too.
+    """
+
+    backend: QuantisingBackend
+    iterations: int
+    compare_loftq: bool
+
+    def __call__(self, step: Quantise, file: Path, buffer: memoryview) -> QuantStats:
+        """Quantise the weight that lies at the front of `buffer`, laid out as `step` says.
+
+        Raises:
+            WeightError: it holds NaN or infinity, or a factor overflows its dtype; names file and tensor.
+        """
+        try:
+            return self._quantise(step, buffer)
+        except WeightError as error:
+            raise WeightError(
+                error.what, file=file, tensor=step.tensor, expected=error.expected, found=error.found, fix=error.fix
+            ) from error
+
+    def _quantise(self, step: Quantise, buffer: memoryview) -> QuantStats:
+        form = step.treatment.format
+        weight = _as_out_by_in(buffer[step.source], form) if step.treatment.transposed else buffer[step.source]
+        base, factors, stats = self.quantise(weight, form, step.treatment.split)
+        fill(buffer[step.result], step.stored, base)
+        for (part, _), factor in zip(step.beside, factors, strict=True):
+            buffer[part] = factor
+        return stats
+
+    def quantise(
+        self, weight: memoryview, form: FourBitSpec, split: SplitSpec | None
+    ) -> tuple[FourBit, tuple[memoryview, ...], QuantStats]:
+        """The base of one weight, and its A and B where it gets an adapter.
+
+        Args:
+            weight: its bytes, out × in.
+        """
+        backend = self.backend
+        plain = FourBit.empty(form)
+        backend.quantise(weight, plain)
+        difference = memoryview(bytearray(4 * form.rows * form.cols))
+        backend.subtract(weight, plain, difference)
+        norm, plain_error = backend.norm(weight, form.dtype), backend.norm(difference, "F32")
+        if split is None:
+            return plain, (), QuantStats(norm, plain_error, plain_error)
+        plain_nuclear = backend.nuclear_norm(difference, form.rows, form.cols)
+        del difference
+        found = alternate(weight, split, form, self.iterations, backend)
+        nuclear = backend.nuclear_norm(found.difference, form.rows, form.cols)
+        stats = QuantStats(norm, found.error, plain_error, nuclear, plain_nuclear, iterations=found.iterations)
+        if self.compare_loftq:
+            other = loftq(weight, split, form, self.iterations, backend)
+            nuclear = backend.nuclear_norm(other.difference, form.rows, form.cols)
+            stats = replace(stats, loftq_error=other.error, loftq_nuclear=nuclear)
+        return found.base, (found.a, found.b), stats
+
+
+def _as_out_by_in(weight: memoryview, form: FourBitSpec) -> memoryview:
+    kind = np.uint32 if form.dtype == "F32" else np.uint16
+    stored = np.frombuffer(weight, kind).reshape(form.cols, form.rows)
+    return memoryview(np.ascontiguousarray(stored.T).tobytes())

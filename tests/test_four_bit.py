@@ -1,0 +1,123 @@
+"""Our 4-bit quantiser against bitsandbytes': the same bytes, on every instruction set that this CPU has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import pytest
+import torch
+
+from pissa_convert import _core
+from pissa_convert.errors import WeightError
+from pissa_convert.formats.bitsandbytes import quant_state
+from pissa_convert.linalg import FourBit, FourBitSpec
+from pissa_convert.linalg.native import NativeBackend
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SHAPES = [(64, 64), (1, 63), (7, 9), (1, 1), (3, 1000), (577, 333), (512, 1024), (1, 128)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """bitsandbytes' mean of more than 32768 absmaxes is torch's, whose last bit depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def raw(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def quantised(values: torch.Tensor, code: str, nested: bool) -> FourBit:
+    dtype = next(name for name, kind in DTYPES.items() if kind == values.dtype)
+    found = FourBit.empty(FourBitSpec(*values.shape, dtype, code, nested))
+    NativeBackend(2).quantise(raw(values), found)
+    return found
+
+
+def samples(shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """Ordinary weights; weights with zeros and a block of nothing else; few distinct values of all magnitudes."""
+    generator = torch.Generator().manual_seed(shape[0])
+    yield 0.02 * torch.randn(shape, generator=generator)
+    sparse = 0.02 * torch.randn(shape, generator=generator)
+    sparse[sparse.abs() < 0.01] = 0
+    sparse[0, :64] = 0
+    yield sparse
+    magnitude = 10.0 ** torch.randint(-6, 4, (shape[0], 1), generator=generator)
+    yield torch.randn(shape, generator=generator).bfloat16().float() * magnitude
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+@pytest.mark.parametrize("kernel", _core.kernels())
+def test_the_stored_bytes_are_bitsandbytes(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, code: str, dtype: str, nested: bool
+) -> None:
+    monkeypatch.setenv("PISSA_CONVERT_KERNEL", kernel)
+    for shape in SHAPES:
+        for sample in samples(shape):
+            values = sample.to(DTYPES[dtype])
+            packed, state = bnb.quantize_4bit(values, quant_type=code, compress_statistics=nested)
+            found = quantised(values, code, nested)
+            assert bytes(found.packed) == packed.numpy().tobytes()
+            if nested:
+                assert bytes(found.nested_codes) == state.absmax.numpy().tobytes()
+                assert bytes(found.nested_absmax) == state.state2.absmax.numpy().tobytes()
+                assert found.offset == state.offset.item()
+            else:
+                assert bytes(found.absmax) == state.absmax.numpy().tobytes()
+            blob = state.as_dict(packed=True)[f"quant_state.bitsandbytes__{code}"]
+            assert quant_state(found.spec, found.offset) == blob.numpy().tobytes()
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+def test_it_is_read_back_as_bitsandbytes_reads_it(code: str, dtype: str, nested: bool) -> None:
+    for shape in [(64, 64), (3, 1000), (256, 1024)]:
+        for sample in samples(shape):
+            values = sample.to(DTYPES[dtype])
+            wanted = bnb.dequantize_4bit(*bnb.quantize_4bit(values, quant_type=code, compress_statistics=nested))
+            found, difference = torch.empty_like(values), torch.empty(shape)
+            stored, backend = quantised(values, code, nested), NativeBackend(2)
+            backend.dequantise(stored, raw(found))
+            assert torch.equal(found, wanted)
+            backend.subtract(raw(values), stored, raw(difference))
+            assert torch.equal(difference, values.float() - wanted.float())
+
+
+def test_the_mean_of_many_absmaxes_is_added_up_as_torch_adds_it_up() -> None:
+    """The offset is one float32 mean of all blocks; 100,003 of them pass every level of torch's cascade."""
+    for blocks in (1, 5, 7, 8, 33, 1000, 32768, 100_003):
+        values = torch.rand(1, 64 * blocks, generator=torch.Generator().manual_seed(blocks)) + 0.5
+        _, state = bnb.quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+        assert quantised(values, "nf4", True).offset == state.offset.item()
+
+
+def test_the_tables_are_bitsandbytes() -> None:
+    assert np.array_equal(np.array(_core.dynamic_map(), np.float32), bnb.create_dynamic_map().numpy())
+    for code in ("nf4", "fp4"):
+        assert np.array_equal(np.array(_core.code_values(code), np.float32), bnb.get_4bit_type(code, "cpu").numpy())
+
+
+@pytest.mark.parametrize("place", [0, 63, 64, 99])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused(bad: float, place: int) -> None:
+    values = torch.ones(1, 100)
+    values[0, place] = bad
+    with pytest.raises(WeightError, match="NaN or infinity"):
+        quantised(values, "nf4", True)
+
+
+def test_norms() -> None:
+    values = torch.randn(70, 300, generator=torch.Generator().manual_seed(0))
+    backend = NativeBackend(2)
+    assert backend.norm(raw(values), "F32") == pytest.approx(float(values.double().norm()), rel=1e-12)
+    for matrix in (values, values.T.contiguous()):
+        nuclear = float(torch.linalg.svdvals(matrix.double()).sum())
+        assert backend.nuclear_norm(raw(matrix), *matrix.shape) == pytest.approx(nuclear, rel=1e-9)
