@@ -11,6 +11,8 @@
 #include "four_bit.hpp"
 #include "lapack.hpp"
 #include "norms.hpp"
+#include "philox.hpp"
+#include "rayleigh_ritz.hpp"
 #include "sha256.hpp"
 #include "split.hpp"
 
@@ -207,6 +209,34 @@ class Splitter {
   std::mutex mutex_;
 };
 
+pissa::Buffer<double> copy_in(pissa::ThreadPool& pool, const py::buffer& buffer, std::size_t count, const char* name) {
+  pissa::Buffer<double> copy(pool.scratch(), count);
+  std::copy_n(static_cast<double*>(writable_bytes(buffer, count * sizeof(double), name)), count, copy.begin());
+  return copy;
+}
+
+// For a backend that has its basis elsewhere: `gram` is size × size, `vectors` gets rank × size, both of double.
+pissa::RitzTriplets rayleigh_ritz(const py::buffer& gram, std::size_t size, std::size_t rank, std::size_t block,
+                                  bool exact, const py::buffer& vectors) {
+  pissa::ThreadPool pool(1);
+  pissa::Buffer<double> matrix = copy_in(pool, gram, size * size, "gram");
+  auto* out = static_cast<double*>(writable_bytes(vectors, rank * size * sizeof(double), "vectors"));
+  const py::gil_scoped_release release;
+  pissa::RitzTriplets result = pissa::rayleigh_ritz(pool, std::move(matrix), size, rank, block, exact);
+  std::copy(result.vectors.begin(), result.vectors.end(), out);
+  return result;
+}
+
+// And one that has found the eigenpairs too.
+pissa::RitzTriplets ritz_triplets(const py::buffer& gram, std::size_t size, std::size_t block,
+                                  const std::vector<double>& values, const py::buffer& vectors) {
+  pissa::ThreadPool pool(1);
+  const pissa::Buffer<double> matrix = copy_in(pool, gram, size * size, "gram");
+  const pissa::Buffer<double> found = copy_in(pool, vectors, values.size() * size, "vectors");
+  const py::gil_scoped_release release;
+  return pissa::ritz_triplets(pool, matrix, size, values.size(), block, values, found);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -254,6 +284,21 @@ PYBIND11_MODULE(_core, m) {
     return std::vector<float>(std::begin(values), std::end(values));
   });
   m.def("dynamic_map", [] { return std::vector<float>(pissa::dynamic_map(), pissa::dynamic_map() + 256); });
+  m.def(
+      "random_signs",
+      [](std::uint64_t key, const py::buffer& out) {
+        const auto count = static_cast<std::size_t>(out.request().size);
+        pissa::random_signs(key, 0, count, static_cast<float*>(writable_bytes(out, count * sizeof(float), "out")));
+      },
+      py::arg("key"), py::arg("out"));
+  py::class_<pissa::RitzTriplets>(m, "RitzTriplets")
+      .def_readonly("sigma", &pissa::RitzTriplets::sigma)
+      .def_readonly("estimated_deficit", &pissa::RitzTriplets::estimated_deficit)
+      .def_readonly("convergence", &pissa::RitzTriplets::convergence);
+  m.def("rayleigh_ritz", &rayleigh_ritz, py::arg("gram"), py::arg("size"), py::arg("rank"), py::arg("block"),
+        py::arg("exact"), py::arg("vectors"));
+  m.def("ritz_triplets", &ritz_triplets, py::arg("gram"), py::arg("size"), py::arg("block"), py::arg("values"),
+        py::arg("vectors"));
   m.def("kernels", [] {
     std::vector<std::string> names;
     for (const pissa::Kernels* kernels : pissa::available_kernels()) names.emplace_back(kernels->name);

@@ -46,16 +46,11 @@ double energy_without_last(Scratch& scratch, const Buffer<T>& m, std::size_t n, 
   return trace;
 }
 
+// What eigenpairs of m say: `values` (rank, descending), `vectors` (k × found, column-major).
 template <class T>
-RitzTriplets solve(ThreadPool& pool, const Buffer<T>& m, std::size_t k, std::size_t rank, std::size_t block) {
+RitzTriplets triplets_of(ThreadPool& pool, const Buffer<T>& m, std::size_t k, std::size_t rank, std::size_t block,
+                         const std::vector<double>& values, const Buffer<T>& vectors) {
   Scratch& scratch = pool.scratch();
-  const std::size_t found = std::min(rank, k);
-  std::vector<double> values(rank, 0.0);
-  Buffer<T> destroyed(scratch, k * k), vectors(scratch, k * found);
-  std::copy(m.begin(), m.end(), destroyed.begin());
-  if (!lapack::largest_eigenpairs(k, destroyed.data(), found, values.data(), vectors.data())) {
-    throw std::runtime_error("LAPACK stedc did not converge");
-  }
   RitzTriplets result;
   for (const double value : values) {
     result.sigma.push_back(value > kNegligible * kNegligible * values[0] ? std::sqrt(value) : 0.0);
@@ -76,7 +71,24 @@ RitzTriplets solve(ThreadPool& pool, const Buffer<T>& m, std::size_t k, std::siz
   return result;
 }
 
+template <class T>
+RitzTriplets solve(ThreadPool& pool, const Buffer<T>& m, std::size_t k, std::size_t rank, std::size_t block) {
+  const std::size_t found = std::min(rank, k);
+  std::vector<double> values(rank, 0.0);
+  Buffer<T> destroyed(pool.scratch(), k * k), vectors(pool.scratch(), k * found);
+  std::copy(m.begin(), m.end(), destroyed.begin());
+  if (!lapack::largest_eigenpairs(k, destroyed.data(), found, values.data(), vectors.data())) {
+    throw std::runtime_error("LAPACK stedc did not converge");
+  }
+  return triplets_of(pool, m, k, rank, block, values, vectors);
+}
+
 }  // namespace
+
+RitzTriplets ritz_triplets(ThreadPool& pool, const Buffer<double>& gram, std::size_t k, std::size_t rank,
+                           std::size_t block, const std::vector<double>& values, const Buffer<double>& vectors) {
+  return triplets_of(pool, gram, k, rank, block, values, vectors);
+}
 
 RitzTriplets rayleigh_ritz(ThreadPool& pool, Buffer<double> gram, std::size_t k, std::size_t rank, std::size_t block,
                            bool exact) {

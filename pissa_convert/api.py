@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from pissa_convert.cluster import connect
 from pissa_convert.engine import verify as verification
 from pissa_convert.engine.gguf import run_gguf
 from pissa_convert.engine.gguf_adapter import run_gguf_adapter
@@ -14,9 +15,11 @@ from pissa_convert.engine.merge import run_merge
 from pissa_convert.engine.quantise import run_quantised
 from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
+from pissa_convert.engine.workers import InProcess, Workers
+from pissa_convert.errors import RequestError
 from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
 from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.linalg.native import NativeBackend, usable_cpus
+from pissa_convert.linalg.native import usable_cpus
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.matrix import Split, split
 from pissa_convert.merge_plan import MergePlan
@@ -24,7 +27,7 @@ from pissa_convert.options import RunOptions
 from pissa_convert.planning import Plan
 from pissa_convert.quant_plan import QuantPlan
 from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, QuantReport, Report
-from pissa_convert.requests import AnyPlan, plan_request
+from pissa_convert.requests import AnyPlan, choose_backend, plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
 
@@ -39,6 +42,8 @@ def plan(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     **options: Any,
 ) -> Plan | GgufPlan: ...
 @overload
@@ -49,6 +54,8 @@ def plan(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     **options: Any,
 ) -> QuantPlan: ...
 @overload
@@ -59,6 +66,8 @@ def plan(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     **options: Any,
 ) -> LoraPlan: ...
 @overload
@@ -69,6 +78,8 @@ def plan(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     **options: Any,
 ) -> MergePlan | GgufPlan: ...
 @overload
@@ -79,6 +90,8 @@ def plan(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     **options: Any,
 ) -> GgufAdapterPlan | GgufPlan: ...
 def plan(
@@ -88,6 +101,8 @@ def plan(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
     **options: Any,
 ) -> AnyPlan:
     """Say what `convert` would do, from headers alone. Writes nothing.
@@ -102,7 +117,8 @@ def plan(
         RequestError: the request is wrong in itself or does not fit the files; FormatError (a RequestError): a file
             is malformed.
     """
-    return plan_request(source, dest, to, options, RunOptions(threads, max_memory), NativeBackend(threads))
+    run_options = RunOptions(threads, max_memory, device=device, max_vram=max_vram)
+    return plan_request(source, dest, to, options, run_options, choose_backend(to, options, run_options))
 
 
 @overload
@@ -113,6 +129,9 @@ def convert(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -125,6 +144,9 @@ def convert(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -137,6 +159,9 @@ def convert(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -149,6 +174,9 @@ def convert(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -161,6 +189,9 @@ def convert(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -172,6 +203,9 @@ def convert(
     *,
     threads: int | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    max_vram: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
@@ -241,6 +275,11 @@ def convert(
         to: the target.
         threads: compute threads; by default every CPU this process may use. The result does not depend on it.
         max_memory: bytes of resident memory to stay under.
+        device: where weights are split: "cpu", "cuda" (every GPU of the first one's kind), "cuda:N", or "auto": CUDA
+            where there is a GPU. The CPU and each kind of GPU have bytes of their own, equal in accuracy.
+        max_vram: bytes of each GPU's memory to stay under; by default most of what is free.
+        ray: convert on the Ray cluster at this address, whose machines share the file system of `source` and `dest`,
+            or with "local" in tasks on this machine. Threads, memory and, with device "cuda", one GPU are each task's.
         overwrite: replace an earlier conversion in `dest`.
         progress: called as `progress(bytes_done, bytes_in_all, timings)` from the calling thread.
 
@@ -249,19 +288,37 @@ def convert(
         WeightError: a weight or factor holds NaN or infinity, or a result overflows its dtype.
         ConversionError: reading or writing failed; the same call continues.
     """
-    backend = NativeBackend(threads)
-    work = plan_request(source, dest, to, options, RunOptions(threads, max_memory), backend)
-    if isinstance(work, QuantPlan):
-        return run_quantised(work, backend, overwrite=overwrite, progress=progress)
+    run_options = RunOptions(threads, max_memory, device=device, max_vram=max_vram)
+    if ray is not None:
+        if to == "lora":
+            raise RequestError("--ray does not apply to --to lora: it walks no model", fix="leave it out")
+        with connect(ray, run_options) as cluster:
+            work = cluster.plan(Path(source), Path(dest), to, options)
+            if isinstance(work, GgufAdapterPlan):
+                raise RequestError("--ray does not apply to an adapter's GGUF: it walks no model", fix="leave it out")
+            return _carry_out(work, cluster, overwrite, progress)
+    backend = choose_backend(to, options, run_options)
+    work = plan_request(source, dest, to, options, run_options, backend)
     if isinstance(work, LoraPlan):
         return run_lora(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, GgufAdapterPlan):
         return run_gguf_adapter(work, overwrite=overwrite, progress=progress)
+    return _carry_out(work, InProcess(backend), overwrite, progress)
+
+
+def _carry_out(
+    work: Plan | QuantPlan | MergePlan | GgufPlan,
+    workers: Workers,
+    overwrite: bool,
+    progress: ProgressCallback | None,
+) -> AnyReport:
+    if isinstance(work, QuantPlan):
+        return run_quantised(work, workers, overwrite=overwrite, progress=progress)
     if isinstance(work, GgufPlan):
-        return run_gguf(work, backend, overwrite=overwrite, progress=progress)
+        return run_gguf(work, workers, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):
-        return run_merge(work, overwrite=overwrite, progress=progress)
-    return run(work, backend, overwrite=overwrite, progress=progress)
+        return run_merge(work, workers, overwrite=overwrite, progress=progress)
+    return run(work, workers, overwrite=overwrite, progress=progress)
 
 
 def verify(

@@ -113,6 +113,11 @@ def _add_common(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--plan", action="store_true", help="print what would be done, write nothing")
     group.add_argument("--threads", type=int, metavar="N", help="default: every CPU this process may use")
     group.add_argument("--max-memory", type=_size, metavar="SIZE", help="peak of memory to stay under, as in 2GiB")
+    group.add_argument(
+        "--device", metavar="D", help="that splits: auto (default: a GPU if there is one), cpu, cuda, cuda:N"
+    )
+    group.add_argument("--max-vram", type=_size, metavar="SIZE", help="memory of each GPU to stay under")
+    group.add_argument("--ray", metavar="ADDRESS", help="work on a Ray cluster that shares the files, or local")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in DEST")
     group.add_argument("--quiet", action="store_true", help="no progress and no closing lines")
     group.add_argument("--log-json", metavar="FILE", help="write the run's report to FILE")
@@ -238,7 +243,9 @@ def _run(given: dict[str, Any]) -> None:
     from pissa_convert.console import ProgressBar, print_plan, print_report
 
     if only_plan:
-        print_plan(api.plan(**given))
+        if "ray" in given:
+            raise RequestError("--plan reads headers alone and needs no cluster", fix="leave --ray out")
+        print_plan(api.plan(**given), given.get("device", "auto"))
         return
     progress = None if quiet or not sys.stderr.isatty() else ProgressBar()
     report = api.convert(**given, overwrite=overwrite, progress=progress)

@@ -47,7 +47,7 @@ def amount(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def print_plan(plan: AnyPlan) -> None:
+def print_plan(plan: AnyPlan, device: str) -> None:
     """The plan on stdout: it is what was asked for, so it can be piped."""
     from pissa_convert import console_gguf
     from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
@@ -65,9 +65,9 @@ def print_plan(plan: AnyPlan) -> None:
     elif isinstance(plan, GgufAdapterPlan):
         console_gguf.print_adapter_plan(plan)
     elif isinstance(plan, GgufPlan):
-        console_gguf.print_model_plan(plan)
+        console_gguf.print_model_plan(plan, device)
     else:
-        _print_split_plan(plan)
+        _print_split_plan(plan, device)
 
 
 def _print_lora_plan(plan: LoraPlan) -> None:
@@ -129,13 +129,14 @@ def _print_decisions(plan: Plan | QuantPlan) -> None:
         print(f"{'skip':8} {skipped.path:{width}}  {skipped.reason}")
 
 
-def _print_split_plan(plan: Plan) -> None:
+def _print_split_plan(plan: Plan, device: str) -> None:
     from pissa_convert.estimate import estimate_seconds
+    from pissa_convert.linalg.select import select_backend
 
     _print_decisions(plan)
     split = list(plan.splits)
     split_bytes = sum(step.end - step.begin for step in split)
-    compute = estimate_seconds(plan)
+    compute = estimate_seconds(plan, select_backend(device))
     print(
         f"""
 split      {len(split)} of {len(plan.decisions)} tensors, {amount(split_bytes)} of {amount(plan.source_bytes)}

@@ -53,9 +53,10 @@ def _sizes(report: GgufReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def print_model_plan(plan: GgufPlan) -> None:
+def print_model_plan(plan: GgufPlan, device: str) -> None:
     """Every tensor's decision, and what the files will be."""
     from pissa_convert.estimate import estimate_gguf_seconds
+    from pissa_convert.linalg.select import select_backend
 
     known = {tensor.name: tensor.dtype for tensor in plan.base.file.tensors}
     width = max(map(len, known))
@@ -80,10 +81,11 @@ def print_model_plan(plan: GgufPlan) -> None:
             said.append(f"and s·B·A of rank {treatment.added.rank}")
         print(f"{'encode':6} {name:{width}}  {' '.join(said)} → {treatment.kind}")
     moved = sum(path.stat().st_size for path in plan.sources.values()) + sum(plan.output_sizes.values())
+    compute = estimate_gguf_seconds(plan, select_backend(device))
     print(
         f"""
 change     {len(encoded) + len(split)} of {len(known)} tensors, {len(split)} of them split
 disk       {sum(plan.output_sizes.values())} bytes in {len(plan.output_sizes)} files
 memory     {plan.memory.peak} bytes at peak ({amount(plan.memory.budget)} in flight at most)
-time       about {estimate_gguf_seconds(plan):.1f} s of computing, beside moving {amount(moved)}"""
+time       about {compute:.1f} s of computing, beside moving {amount(moved)}"""
     )

@@ -15,7 +15,7 @@ from pissa_convert.formats.gguf_types import TYPES
 from pissa_convert.gguf_options import GgufSplitOptions
 from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.gguf_steps import Encode, GgufSplit
-from pissa_convert.linalg import FourBitSpec, SplitSpec
+from pissa_convert.linalg import Backend, FourBitSpec, SplitSpec
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.merge_plan import MergePlan
@@ -29,17 +29,16 @@ from pissa_convert.transforms.quantise import QuantiseLane
 _SIZE = 1024
 
 
-def estimate_seconds(plan: Plan, threads: int | None = None) -> float:
+def estimate_seconds(plan: Plan, backend: Backend) -> float:
     """Seconds of computing: one small split of the plan's rank and dtype is timed and scaled by the weights' sizes.
 
     The work of a split grows with its elements; shapes and spectra make it differ by a factor of about two.
     """
-    return estimate_split_seconds((step.spec for step in plan.splits), plan.options.rank, threads)
+    return estimate_split_seconds((step.spec for step in plan.splits), plan.options.rank, backend)
 
 
-def estimate_split_seconds(specs: Iterable[SplitSpec], rank: int, threads: int | None = None) -> float:
+def estimate_split_seconds(specs: Iterable[SplitSpec], rank: int, backend: Backend) -> float:
     """The same for any splits of that rank."""
-    backend = NativeBackend(threads)
     per_element: dict[str, float] = {}
     total = 0.0
     for spec in specs:
@@ -71,7 +70,7 @@ def _quantise_one(lane: QuantiseLane, like: FourBitSpec, rank: int) -> None:
     lane.quantise(memoryview(_matrix(form.dtype).tobytes()), form, split)
 
 
-def _time_one(backend: NativeBackend, dtype: str, rank: int) -> float:
+def _time_one(backend: Backend, dtype: str, rank: int) -> float:
     raw = _matrix(dtype)
     spec = SplitSpec(_SIZE, _SIZE, dtype, rank, 1.0, "F32", False, None, 0)
     a, b = bytearray(4 * rank * _SIZE), bytearray(4 * rank * _SIZE)
@@ -124,7 +123,7 @@ def estimate_merge_seconds(plan: MergePlan) -> float:
     return each * sum((step.bottom - step.top) * step.columns for step in plan.merges) / plan.memory.widths.threads
 
 
-def estimate_gguf_seconds(plan: GgufPlan) -> float:
+def estimate_gguf_seconds(plan: GgufPlan, backend: Backend) -> float:
     """Seconds of computing: some rows of each pair of types are decoded and encoded, and splits timed as a split's."""
     values = np.random.default_rng(0).standard_normal((_SIZE // 4, _SIZE), np.float32)
     each: dict[tuple[str, str], float] = {}
@@ -136,7 +135,7 @@ def estimate_gguf_seconds(plan: GgufPlan) -> float:
             each[types] = _recode_seconds(values, *types) / values.size
         total += each[types] * step.rows * step.columns / plan.memory.widths.threads
     if isinstance(plan.options, GgufSplitOptions):
-        total += estimate_split_seconds((step.spec for step in plan.splits), plan.options.split.rank)
+        total += estimate_split_seconds((step.spec for step in plan.splits), plan.options.split.rank, backend)
     return total
 
 

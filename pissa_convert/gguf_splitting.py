@@ -70,6 +70,7 @@ def plan_gguf_split(
     steps = gguf_steps(file, places, changes)
     stem = file.path.stem
     shard = ShardPlan(file, header, steps[-1].stop, steps, f"{stem}-{RESIDUAL_MARK}.gguf")
+    splits = [step.spec for step in steps if isinstance(step, GgufSplit)]
     size = padded(max(slot.end for pair in slots.values() for slot in pair), ALIGNMENT)
     return GgufPlan(
         to="pissa",
@@ -79,7 +80,9 @@ def plan_gguf_split(
         base=base,
         shard=shard,
         read={},
-        memory=plan_memory(flights([shard]), partial(_workspace, shard, backend), backend.threads, run.max_memory),
+        memory=plan_memory(
+            flights([shard]), partial(_workspace, shard, backend), backend.at_once(splits), run.max_memory
+        ),
         beside=AdapterFile(f"{stem}-principal-adapter.gguf", adapter_header, size),
         backend=backend.name,
         decisions=decisions,

@@ -9,7 +9,7 @@ import numpy as np
 
 from pissa_convert.errors import RequestError
 from pissa_convert.linalg import SplitSpec, tensor_key
-from pissa_convert.linalg.native import NativeBackend
+from pissa_convert.linalg.select import select_backend
 from pissa_convert.options import ADAPTER_DTYPES, split_options
 
 if TYPE_CHECKING:
@@ -55,13 +55,14 @@ def split(
     seed: int = 0,
     name: str = "",
     threads: int | None = None,
+    device: str = "auto",
 ) -> Split:
     """Split one matrix; `weight` is left as it is.
 
     Args:
-        weight: (out, in); numpy float32, float16 or ml_dtypes.bfloat16, or a CPU torch tensor of the same dtypes.
+        weight: (out, in); numpy float32, float16 or ml_dtypes.bfloat16, or a torch tensor of the same dtypes.
         name: with `seed`, the key of the random start: with a tensor's name, the bytes are those of `convert`.
-        rank, alpha, rslora, adapter_dtype, passes, seed, threads: as for `convert`.
+        rank, alpha, rslora, adapter_dtype, passes, seed, threads, device: as for `convert`.
 
     Returns:
         A `Split` of numpy arrays or torch tensors, as `weight` was.
@@ -95,7 +96,7 @@ def split(
     residual = _raw_copy(weight)
     a = np.empty(spec.a_shape, _RAW[adapter_dtype])
     b = np.empty(spec.b_shape, _RAW[adapter_dtype])
-    stats = NativeBackend(threads).split(residual.data, a.data, b.data, spec)
+    stats = select_backend(device, threads).split(residual.data, a.data, b.data, spec)
     like: Any = weight
     return Split(
         residual=_dressed(residual, dtype, like),

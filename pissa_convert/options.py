@@ -238,21 +238,27 @@ def merge_options(*, dtype: str | None = None) -> MergeOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the work is carried out; no byte of the result depends on these.
+    """How the work is carried out; no byte of the result depends on these, but on the kind of device.
 
     Attributes:
         threads: compute threads, or None for every CPU that this process may use.
         max_memory: bytes of resident memory the whole process may peak at, or None for a default that keeps two of
             the largest tensors in flight.
         overwrite: replace an earlier conversion in the destination.
+        device: that splits: "auto", "cpu", "cuda" or "cuda:N".
+        max_vram: bytes of each GPU's memory that may be taken, or None for most of what is free.
     """
 
     threads: int | None = None
     max_memory: int | None = None
     overwrite: bool = False
+    device: str = "auto"
+    max_vram: int | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and not _is_count(self.threads, 1):
             raise RequestError("--threads is out of range", expected="an integer of at least 1", found=self.threads)
         if self.max_memory is not None and not _is_count(self.max_memory, 1):
             raise RequestError("--max-memory is out of range", expected="bytes", found=self.max_memory)
+        if self.max_vram is not None and not _is_count(self.max_vram, 1):
+            raise RequestError("--max-vram is out of range", expected="bytes", found=self.max_vram)

@@ -213,7 +213,12 @@ def make_plan(
         decisions=decisions,
         shards=shards,
         adapter=adapter,
-        memory=plan_memory(flights(shards), partial(_workspace, shards, backend), backend.threads, run.max_memory),
+        memory=plan_memory(
+            flights(shards),
+            partial(_workspace, shards, backend),
+            backend.at_once(specs.values()),
+            run.max_memory,
+        ),
         backend=backend.name,
     )
 
@@ -276,6 +281,7 @@ def split_spec(tensor: TensorInfo, decision: Decision, options: SplitOptions) ->
         fan_in_fan_out=decision.fan_in_fan_out,
         passes=options.passes,
         key=tensor_key(options.seed, tensor.name),
+        name=tensor.name,
     )
 
 

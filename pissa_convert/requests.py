@@ -16,6 +16,8 @@ from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.gguf_requests import is_gguf, plan_merged_gguf, plan_split_gguf, plan_to_gguf
 from pissa_convert.init_planning import derived_init, stored_init
 from pissa_convert.linalg import Backend
+from pissa_convert.linalg.native import NativeBackend
+from pissa_convert.linalg.select import select_backend
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.lora_planning import plan_lora
 from pissa_convert.merge_plan import MergePlan
@@ -64,6 +66,20 @@ def plan_request(
     if to == "gguf":
         return plan_to_gguf(source, dest, options, run_options, backend.threads)
     raise RequestError("--to is unknown", expected="pissa, qpissa, lora, merged or gguf", found=to)
+
+
+def choose_backend(to: str, options: Mapping[str, Any], run_options: RunOptions) -> Backend:
+    """What splits; where nothing is split, the CPU.
+
+    Raises:
+        RequestError: a device is asked for that cannot be used, or has nothing to do.
+    """
+    if to == "pissa" or (to == "lora" and options.get("base") is not None):
+        return select_backend(run_options.device, run_options.threads, run_options.max_vram)
+    for name, is_given in (("device", run_options.device not in ("auto", "cpu")), ("max-vram", run_options.max_vram)):
+        if is_given:
+            raise RequestError(f"--{name} does not apply to --to {to}: it splits no weight", fix="leave it out")
+    return NativeBackend(run_options.threads)
 
 
 _INIT = ("init", "base", "seed", "passes", "adapter_dtype")

@@ -36,7 +36,7 @@ def test_help_answers_at_once() -> None:
         times.append(time.perf_counter() - started)
     assert min(times) < 0.3
     options = "rank alpha rslora target-modules exclude-modules adapter-dtype seed threads plan overwrite quiet"
-    options += " init base tolerance uniform-rank dtype adapter verify source"
+    options += " init base tolerance uniform-rank dtype adapter verify source device max-vram"
     for option in (f"--{name}" for name in options.split()):
         assert option in run.stdout
     for target in ("pissa", "lora", "merged"):

@@ -20,6 +20,7 @@ from pissa_convert.engine.digest import sha256
 from pissa_convert.engine.hashing import Hashing
 from pissa_convert.engine.lanes import Lanes
 from pissa_convert.engine.run import run
+from pissa_convert.engine.workers import InProcess
 from pissa_convert.errors import RequestError
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.memory import Widths, footprint, plan_memory
@@ -139,7 +140,7 @@ def test_lanes_and_threads_change_no_byte_of_a_split(tmp_path: Path) -> None:
         dest = tmp_path / f"{threads}-{room}"
         plan = api.plan(source, dest, rank=4, threads=threads)
         widths = replace(plan.memory.widths, room=room)
-        run(replace(plan, memory=replace(plan.memory, widths=widths)), NativeBackend(threads))
+        run(replace(plan, memory=replace(plan.memory, widths=widths)), InProcess(NativeBackend(threads)))
         used = {widths(step.nbytes) for step in plan.splits}
         found.append((len(used), max(used), digests(dest)))
     assert {counts[:2] for counts in found} >= {(1, 1), (1, 4), (2, 4)}

@@ -1,11 +1,8 @@
-"""One matrix: exactness, accuracy, signs, and the corners of the number formats."""
+"""One matrix, by every backend: exactness, accuracy, signs, and the corners of the number formats."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,14 +11,27 @@ from checkpoints import DTYPES, llm_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pissa_convert import PissaError, _core, split
+from pissa_convert import split
 from pissa_convert.errors import RequestError, WeightError
-from pissa_convert.linalg import SplitSpec
+from pissa_convert.linalg import Backend, SplitSpec
 from pissa_convert.linalg.native import NativeBackend
+from pissa_convert.linalg.torch_backend import TorchBackend
+from pissa_convert.linalg.torch_device import Device
 
 UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 FACTOR_ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 2**-8}
 """Of the factors: those of a bf16 weight have its 8 bits in whatever dtype they are stored."""
+
+
+@pytest.fixture(params=["native", "torch"], scope="module", autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """What `split` works with; torch's arithmetic is that of a GPU, done by the CPU."""
+    chosen: Backend = NativeBackend()
+    if request.param == "torch":
+        chosen = TorchBackend([Device(torch.device("cpu"), 1 << 40)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pissa_convert.matrix.select_backend", lambda device, threads: chosen)
+        yield chosen
 
 
 def norm(matrix: torch.Tensor) -> float:
@@ -242,7 +252,7 @@ def test_extreme_scales(shape: tuple[int, int], dtype: torch.dtype, scale: float
 @pytest.mark.parametrize("dtype", list(DTYPES.values()))
 @pytest.mark.parametrize("shape", [(300, 260), (20, 30)])
 def test_values_that_are_not_finite_are_refused_and_the_weight_is_untouched(
-    shape: tuple[int, int], dtype: torch.dtype, bad: float
+    shape: tuple[int, int], dtype: torch.dtype, bad: float, backend: Backend
 ) -> None:
     weight = llm_like(*shape, dtype=dtype)
     weight[3, 5] = bad
@@ -251,7 +261,7 @@ def test_values_that_are_not_finite_are_refused_and_the_weight_is_untouched(
     spec = SplitSpec(*shape, {v: k for k, v in DTYPES.items()}[dtype], 4, 1.0, "F32", False, None, 0)
     a, b = np.zeros(spec.a_shape, np.float32), np.zeros(spec.b_shape, np.float32)
     with pytest.raises(WeightError, match="NaN or infinity"):
-        NativeBackend().split(raw.data, a.data, b.data, spec)
+        backend.split(raw.data, a.data, b.data, spec)
     assert np.array_equal(raw, before)
 
 
@@ -260,12 +270,12 @@ def test_float16_factors_that_overflow_are_refused() -> None:
         split(llm_like(64, 64) * 1e12, 4, adapter_dtype="float16")
 
 
-def test_conv1d_weights_are_stored_the_other_way_round() -> None:
+def test_conv1d_weights_are_stored_the_other_way_round(backend: Backend) -> None:
     weight = llm_like(90, 140).contiguous()
     raw = weight.numpy().copy()
     spec = SplitSpec(90, 140, "F32", 6, 1.0, "F32", True, None, 0)
     a, b = np.zeros((6, 90), np.float32), np.zeros((140, 6), np.float32)
-    NativeBackend().split(raw.data, a.data, b.data, spec)
+    backend.split(raw.data, a.data, b.data, spec)
     np.testing.assert_allclose((b @ a).T + raw, weight.numpy(), atol=1e-6)
     assert (np.take_along_axis(a, np.abs(a).argmax(1)[:, None], 1) > 0).all()
 
@@ -307,34 +317,3 @@ def test_what_cannot_be_split_is_refused(weight: torch.Tensor) -> None:
 def test_a_rank_beyond_the_matrix_is_refused() -> None:
     with pytest.raises(RequestError, match="at most 3"):
         split(torch.zeros(3, 9), 4)
-
-
-@pytest.mark.parametrize("kernel", _core.kernels())
-def test_every_kernel_gives_the_same_split(kernel: str, tmp_path: Path) -> None:
-    """Forced in a process of its own, because the choice is made when the threads start."""
-    code = """
-import numpy as np, torch, sys
-from checkpoints import llm_like
-from pissa_convert import split
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for shape in ((333, 517), (1030, 258)):
-        weight = llm_like(*shape, dtype=dtype)
-        results = [split(weight, 20, passes=5, threads=threads) for threads in (1, 2, 3)]
-        for result in results:
-            assert torch.equal(result.residual, results[0].residual), "threads change the result"
-        exact = torch.linalg.svdvals(weight.double())[:20].square().sum()
-        energy = torch.linalg.matrix_norm(results[0].B.double() @ results[0].A.double()) ** 2
-        print(float(1 - energy / exact))
-"""
-    environment = {**os.environ, "PISSA_CONVERT_KERNEL": kernel, "PYTHONPATH": os.path.dirname(__file__)}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert all(float(line) < 3e-3 for line in run.stdout.split())
-
-
-def test_an_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PISSA_CONVERT_KERNEL", "quantum")
-    with pytest.raises(PissaError, match=r"quantum.*portable"):
-        NativeBackend()

@@ -45,6 +45,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def partial_path(path: Path) -> Path:
+    """Where a file grows before it gets its name."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def take_name(path: Path) -> None:
+    """Give a durable partial file its final name, durably.
+
+    Raises:
+        ConversionError: it cannot be renamed.
+    """
+    try:
+        os.replace(partial_path(path), path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
 class PartialFile:
     """A file of known size that is being written at planned offsets.
 
@@ -62,7 +80,7 @@ class PartialFile:
             ConversionError: the file cannot be created or the space is not there.
         """
         self.path, self.size = path, size
-        self.partial = path.with_name(path.name + PARTIAL)
+        self.partial = partial_path(path)
         self._unflushed = 0
         self._direct = -1
         self._stage: mmap.mmap | None = None
@@ -181,11 +199,7 @@ class PartialFile:
         self.sync()
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         self.close()
-        try:
-            os.replace(self.partial, self.path)
-            sync_folder(self.path.parent)
-        except OSError as error:
-            raise storage_error(error, self.path) from error
+        take_name(self.path)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from pissa_convert.engine.factors import FactorFile
 from pissa_convert.engine.gguf_sizes import size_table
 from pissa_convert.engine.model_rows import ModelRows
 from pissa_convert.engine.run import Outcome, ProgressCallback, carry_out
+from pissa_convert.engine.workers import Workers
 from pissa_convert.errors import WeightError
 from pissa_convert.gguf_adapter import AdaptedTensor
 from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.gguf_steps import Encode, GgufSplit
 from pissa_convert.linalg import Backend
+from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.memory import peak_resident_bytes
 from pissa_convert.report import GgufReport, SizeLine
 from pissa_convert.steps import Stats
@@ -29,22 +31,20 @@ from pissa_convert.transforms.merge import MergeStats
 
 
 def run_gguf(
-    plan: GgufPlan, backend: Backend, *, overwrite: bool = False, progress: ProgressCallback | None = None
+    plan: GgufPlan, workers: Workers, *, overwrite: bool = False, progress: ProgressCallback | None = None
 ) -> GgufReport:
     """Make a model's GGUF as planned.
 
     Args:
-        backend: does the splits, where there are any; the one that was planned with.
+        workers: do it, with the backend that was planned with where there are splits.
         overwrite: replace an earlier conversion.
         progress: called from this thread as work is finished.
 
     Raises:
         PissaError: see the family; after a ConversionError the same call continues where this one stopped.
     """
-    # One BLAS thread in each lane: so the number of lanes changes no byte.
-    with ExitStack() as stack, threadpool_limits(1, user_api="blas"):
-        make = lane_maker(plan, backend, stack)
-        done = carry_out(plan, make, overwrite=overwrite, progress=progress)
+    done = carry_out(plan, gguf_lanes, workers, overwrite=overwrite, progress=progress)
+    with gguf_lanes(plan, NativeBackend(1)) as make:
         return gguf_report(plan, done, size_table(plan, done.tensors, make(1).exact))
 
 
@@ -65,18 +65,23 @@ def gguf_report(plan: GgufPlan, done: Outcome, sizes: tuple[SizeLine, ...]) -> G
     )
 
 
-def lane_maker(plan: GgufPlan, backend: Backend, stack: ExitStack) -> Callable[[int], GgufLane]:
-    """Makes a lane of so many threads; lanes share the files they read, which `stack` closes."""
-    model = stack.enter_context(ModelRows())
-    model.open_all([step.treatment.origin for step in plan.encodings if step.treatment.origin is not None])
-    products: Products | None = None
-    if plan.adapter is not None:
-        pairs, factors = plan.adapter.pairs, stack.enter_context(FactorFile(plan.adapter.file.path))
+@contextmanager
+def gguf_lanes(plan: GgufPlan, backend: Backend) -> Iterator[Callable[[int], GgufLane]]:
+    """Makes a lane of so many threads, with one BLAS thread: so the number of lanes changes no byte.
 
-        def products(module: str) -> Product:
-            return factors.product(pairs[module])
+    Lanes share the files they read.
+    """
+    with ExitStack() as stack, threadpool_limits(1, user_api="blas"):
+        model = stack.enter_context(ModelRows())
+        model.open_all([step.treatment.origin for step in plan.encodings if step.treatment.origin is not None])
+        products: Products | None = None
+        if plan.adapter is not None:
+            pairs, factors = plan.adapter.pairs, stack.enter_context(FactorFile(plan.adapter.file.path))
 
-    return lambda threads: GgufLane(model, backend.with_threads(threads), products)
+            def products(module: str) -> Product:
+                return factors.product(pairs[module])
+
+        yield lambda threads: GgufLane(model, backend.with_threads(threads), products)
 
 
 Products = Callable[[str], Product]

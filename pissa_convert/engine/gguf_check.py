@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pissa_convert.engine.factors import FactorFile
-from pissa_convert.engine.gguf import GgufLane, lane_maker
+from pissa_convert.engine.gguf import GgufLane, gguf_lanes
 from pissa_convert.engine.gguf_adapter import matrices, products_of, with_known_ranks
 from pissa_convert.engine.merge_check import Side
 from pissa_convert.engine.reading import digest_findings
@@ -78,7 +78,7 @@ def compare_gguf(plan: GgufPlan, manifest: Manifest, seen: Callable[[int], None]
     sides = tuple(Side(path, seen) for path in paths)
     try:
         with ExitStack() as stack:
-            lane = lane_maker(plan, NativeBackend(1), stack)(1)
+            lane = stack.enter_context(gguf_lanes(plan, NativeBackend(1)))(1)
             adapter = stack.enter_context(FactorFile(plan.dest / plan.beside.name)) if plan.beside else None
             findings, errors = _compare(plan, manifest, lane, sides, adapter)
     except PissaError as error:

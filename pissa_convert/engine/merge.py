@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pissa_convert.engine.factors import FactorFile
+from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.run import ProgressCallback, carry_out
+from pissa_convert.engine.workers import Workers
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.safetensors import TensorInfo
+from pissa_convert.linalg import Backend
 from pissa_convert.memory import peak_resident_bytes
 from pissa_convert.merge_plan import MergePlan
 from pissa_convert.merge_steps import Merge, Target
@@ -20,20 +24,21 @@ from pissa_convert.report import MergeReport
 from pissa_convert.transforms.merge import WIDTHS, Addition, Array, MergeStats, merge_rows
 
 
-def run_merge(plan: MergePlan, *, overwrite: bool = False, progress: ProgressCallback | None = None) -> MergeReport:
+def run_merge(
+    plan: MergePlan, workers: Workers, *, overwrite: bool = False, progress: ProgressCallback | None = None
+) -> MergeReport:
     """Merge as planned.
 
     Args:
         plan: what to do.
+        workers: do it.
         overwrite: replace an earlier conversion in the destination.
         progress: called from this thread as work is finished.
 
     Raises:
         PissaError: see the family; after a ConversionError the same call continues where this one stopped.
     """
-    # One BLAS thread in each lane: so the number of lanes changes no byte.
-    with FactorFile(plan.adapter.file.path) as factors, threadpool_limits(1, user_api="blas"):
-        done = carry_out(plan, lambda threads: MergeLane(factors), overwrite=overwrite, progress=progress)
+    done = carry_out(plan, merge_lanes, workers, overwrite=overwrite, progress=progress)
     return MergeReport(
         dest=plan.dest,
         tensors=len(done.tensors),
@@ -45,6 +50,13 @@ def run_merge(plan: MergePlan, *, overwrite: bool = False, progress: ProgressCal
         peak_memory=peak_resident_bytes(),
         warnings=plan.warnings,
     )
+
+
+@contextmanager
+def merge_lanes(plan: MergePlan, backend: Backend) -> Iterator[MakeTransform]:
+    """Makes lanes that merge, with one BLAS thread in each: so the number of lanes changes no byte."""
+    with FactorFile(plan.adapter.file.path) as factors, threadpool_limits(1, user_api="blas"):
+        yield lambda threads: MergeLane(factors)
 
 
 @dataclass

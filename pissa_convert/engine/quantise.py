@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
+from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.run import ProgressCallback, carry_out
+from pissa_convert.engine.workers import Workers
 from pissa_convert.linalg import Backend
 from pissa_convert.memory import peak_resident_bytes
 from pissa_convert.quant_plan import QuantPlan
@@ -15,26 +19,20 @@ from pissa_convert.transforms.quantise import QuantiseLane
 
 
 def run_quantised(
-    plan: QuantPlan, backend: Backend, *, overwrite: bool = False, progress: ProgressCallback | None = None
+    plan: QuantPlan, workers: Workers, *, overwrite: bool = False, progress: ProgressCallback | None = None
 ) -> QuantReport:
     """Quantise a model as planned.
 
     Args:
         plan: what to do.
-        backend: of the kind that does the work; the one that was planned with.
+        workers: do it.
         overwrite: replace an earlier conversion in the destination.
         progress: called from this thread as work is finished.
 
     Raises:
         PissaError: see the family; after a ConversionError the same call continues where this one stopped.
     """
-    options = plan.options
-
-    def make(threads: int) -> QuantiseLane:
-        lane = cast("QuantisingBackend", backend.with_threads(threads))
-        return QuantiseLane(lane, options.iterations, options.compare_loftq)
-
-    done = carry_out(plan, make, overwrite=overwrite, progress=progress)
+    done = carry_out(plan, quantising_lanes, workers, overwrite=overwrite, progress=progress)
     adapted = [entry for entry in done.tensors.values() if entry["adapted"]]
     types: dict[str, list[dict[str, Any]]] = {}
     for entry in adapted:
@@ -50,3 +48,15 @@ def run_quantised(
         timings=done.timings,
         peak_memory=peak_resident_bytes(),
     )
+
+
+@contextmanager
+def quantising_lanes(plan: QuantPlan, backend: Backend) -> Iterator[MakeTransform]:
+    """Makes lanes that quantise."""
+    options = plan.options
+
+    def make(threads: int) -> QuantiseLane:
+        lane = cast("QuantisingBackend", backend.with_threads(threads))
+        return QuantiseLane(lane, options.iterations, options.compare_loftq)
+
+    yield make

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pissa_convert.engine.digest import sha256
-from pissa_convert.engine.files import PARTIAL, PartialFile
+from pissa_convert.engine.files import partial_path
 from pissa_convert.engine.journal import Entry
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
-from pissa_convert.engine.work import ModelPlan, Shard
+from pissa_convert.engine.work import ModelPlan, Shard, Slots
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.memory import CHUNK
 from pissa_convert.steps import Change, Copy, ShardPlan, Stats
@@ -32,7 +33,7 @@ class Progress:
     outputs: dict[str, FileRecord] = field(default_factory=dict)
 
 
-def side_digest(file: PartialFile | None, step: Change) -> str:
+def side_digest(file: Slots | None, step: Change) -> str:
     """Digest of what a step has in the file beside the shards (A and B, for a split), as it lies there."""
     digest = sha256()
     for _, slot in step.beside:
@@ -46,10 +47,10 @@ def side_digest(file: PartialFile | None, step: Change) -> str:
 def reopen(path: Path) -> None:
     """Take the final name off a file that has to be worked on again."""
     if path.exists():
-        os.replace(path, path.with_name(path.name + PARTIAL))
+        os.replace(path, partial_path(path))
 
 
-def recover(plan: ModelPlan, entries: list[Entry], beside: PartialFile | None) -> tuple[list[Shard], Progress]:
+def recover(plan: ModelPlan, entries: list[Entry], beside: Slots | None) -> tuple[list[Shard], Progress]:
     """The shards that are still to be worked on, each with the prefix that can be kept, and what is done."""
     steps: dict[str, dict[int, Entry]] = {}
     committed: dict[str, Entry] = {}
@@ -70,13 +71,13 @@ def recover(plan: ModelPlan, entries: list[Entry], beside: PartialFile | None) -
             _keep(shard, len(shard.steps), done, progress)
             continue
         reopen(path)
-        work = _recover_prefix(shard, path, plan.fingerprint[f"source file {shard.source_name}"], done, beside)
+        work = recover_prefix(plan, shard, done, beside)
         _keep(shard, work.steps_done, done, progress)
         remaining.append(work)
     return remaining, progress
 
 
-def _is_whole(shard: ShardPlan, path: Path, entry: Entry, done: dict[int, Entry], beside: PartialFile | None) -> bool:
+def _is_whole(shard: ShardPlan, path: Path, entry: Entry, done: dict[int, Entry], beside: Slots | None) -> bool:
     if not path.is_file() or hash_file(path) != FileRecord(shard.size, entry["sha256"]):
         return False
     return all(
@@ -93,12 +94,12 @@ def _keep(shard: ShardPlan, steps_done: int, done: dict[int, Entry], progress: P
             progress.side[step.key] = done[index]["side"]
 
 
-def _recover_prefix(
-    shard: ShardPlan, path: Path, expected: list[int], done: dict[int, Entry], beside: PartialFile | None
-) -> Shard:
-    """Follow the partial file from its start for as long as its running digest is what the journal says."""
+def recover_prefix(plan: ModelPlan, shard: ShardPlan, done: Mapping[int, Entry], beside: Slots | None) -> Shard:
+    """Follow the partial file from its start for as long as its running digest is what `done`, by step, says of it."""
+    path = plan.dest / shard.name
+    expected = plan.fingerprint[f"source file {shard.source_name}"]
     fresh = Shard(shard, expected)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_path(path)
     if not done or not partial.is_file() or partial.stat().st_size != shard.size:
         return fresh
     scratch = memoryview(bytearray(CHUNK))

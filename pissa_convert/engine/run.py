@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +22,11 @@ from pissa_convert.engine.digest import sha256, update_both
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
 from pissa_convert.engine.lanes import MakeTransform
-from pissa_convert.engine.pipeline import run_pipeline
+from pissa_convert.engine.ledger import Ledger, ProgressCallback
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
-from pissa_convert.engine.recovery import recover, reopen
-from pissa_convert.engine.work import ModelPlan, Shard, Transform
-from pissa_convert.engine.writer import Sink, StepDone
+from pissa_convert.engine.recovery import recover
+from pissa_convert.engine.work import ModelPlan
+from pissa_convert.engine.workers import MakeLanes, Workers, open_beside
 from pissa_convert.errors import ConversionError
 from pissa_convert.fingerprint import identity
 from pissa_convert.formats.manifest import FileRecord, manifest_name, read_manifest
@@ -37,8 +37,7 @@ from pissa_convert.report import Report, Timings
 from pissa_convert.steps import changes_of
 from pissa_convert.transforms.split import split_step
 
-ProgressCallback = Callable[[int, int, Timings], None]
-"""Called with the bytes of source that are done, the bytes in all, and the stages' timings so far."""
+__all__ = ["Outcome", "ProgressCallback", "carry_out", "run", "split_lanes"]
 
 
 @dataclass(frozen=True)
@@ -57,23 +56,19 @@ class Outcome:
     timings: Timings
 
 
-def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: ProgressCallback | None = None) -> Report:
+def run(plan: Plan, workers: Workers, *, overwrite: bool = False, progress: ProgressCallback | None = None) -> Report:
     """Split a model as planned.
 
     Args:
         plan: what to do.
-        backend: of the kind that does the splits; the one that was planned with.
+        workers: do the splits, with the backend that was planned with.
         overwrite: replace an earlier conversion in the destination.
         progress: called from this thread as work is finished.
 
     Raises:
         PissaError: see the family; after a ConversionError the same call continues where this one stopped.
     """
-
-    def make(threads: int) -> Transform:
-        return partial(split_step, backend=backend.with_threads(threads))
-
-    done = carry_out(plan, make, overwrite=overwrite, progress=progress)
+    done = carry_out(plan, split_lanes, workers, overwrite=overwrite, progress=progress)
     return Report(
         dest=plan.dest,
         tensors=len(done.tensors),
@@ -84,12 +79,20 @@ def run(plan: Plan, backend: Backend, *, overwrite: bool = False, progress: Prog
         relative_error=max(entry["relative_error"] for entry in done.tensors.values()),
         estimated_deficit=max(entry["estimated_deficit"] for entry in done.tensors.values()),
         peak_memory=peak_resident_bytes(),
+        warnings=tuple(workers.warnings),
     )
+
+
+@contextmanager
+def split_lanes(plan: Plan, backend: Backend) -> Iterator[MakeTransform]:
+    """Makes lanes that split."""
+    yield lambda threads: partial(split_step, backend=backend.with_threads(threads))
 
 
 def carry_out(
     plan: ModelPlan,
-    make: MakeTransform,
+    make_lanes: MakeLanes,
+    workers: Workers,
     *,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
@@ -98,7 +101,8 @@ def carry_out(
 
     Args:
         plan: what to do.
-        make: the transform of a lane.
+        make_lanes: the plan's transforms.
+        workers: who uses them.
         overwrite, progress: as for `run`.
 
     Raises:
@@ -119,57 +123,21 @@ def carry_out(
             finally:
                 journal.remove()
         else:
-            tensors = _convert(plan, make, journal, timings, progress)
+            tensors, timings = _convert(plan, make_lanes, workers, journal, progress)
     return Outcome(tensors, state is State.RESUMED, state is State.COMPLETE, time.perf_counter() - started, timings)
 
 
 def _convert(
-    plan: ModelPlan,
-    make: MakeTransform,
-    journal: Journal,
-    timings: Timings,
-    progress: ProgressCallback | None,
-) -> Mapping[str, Mapping[str, Any]]:
-    with _open_beside(plan) as beside:
+    plan: ModelPlan, make_lanes: MakeLanes, workers: Workers, journal: Journal, progress: ProgressCallback | None
+) -> tuple[Mapping[str, Mapping[str, Any]], Timings]:
+    with open_beside(plan) as beside:
+        if beside is not None and plan.beside is not None:
+            beside.write(plan.beside.header, 0)
         remaining, done = recover(plan, journal.entries, beside)
-        total = sum(shard.source.size for shard in plan.shards)
-        finished = total - sum(work.plan.source.size - work.offset for work in remaining)
-
-        def report_progress(nbytes: int) -> None:
-            nonlocal finished
-            finished += nbytes
-            if progress is not None:
-                progress(finished, total, timings)
-
-        def step_done(shard: Shard, step: StepDone) -> None:
-            key = shard.plan.steps[step.index].key  # type: ignore[union-attr]
-            done.stats[key], done.side[key] = step.stats, step.side
-            journal.append(
-                {
-                    "shard": shard.plan.name,
-                    "step": step.index,
-                    "source": step.source,
-                    "sha256": step.output,
-                    "side": step.side,
-                    "stats": step.stats.as_json(),
-                }
-            )
-
-        def shard_written(shard: Shard, source_sha256: str, file: PartialFile) -> None:
-            name, sha256 = shard.plan.name, shard.digest.hexdigest()
-            source = FileRecord(shard.plan.source.size, source_sha256)
-            _check_recorded(plan, shard.plan.source.path, source)
-            if beside is not None:
-                beside.sync()  # A and B of this shard must not be behind its residual
-            file.commit()
-            journal.append({"committed": name, "sha256": sha256, "source_sha256": source_sha256}, durable=True)
-            done.sources[shard.plan.source_name] = source
-            done.outputs[name] = FileRecord(shard.plan.size, sha256)
-            report_progress(len(shard.plan.source.header))
-
-        report_progress(0)
-        sink = Sink(beside, step_done, shard_written, report_progress)
-        run_pipeline(remaining, plan.dest, make, plan.memory, sink, timings)
+    left = sum(work.plan.source.size - work.offset for work in remaining)
+    ledger = Ledger(plan, journal, done, sum(shard.source.size for shard in plan.shards) - left, progress)
+    workers.work(plan, make_lanes, remaining, ledger)
+    with open_beside(plan) as beside:  # again: other machines may have written to it
         if beside is not None and plan.beside is not None:
             done.outputs[plan.beside.name] = _commit_beside(plan, beside, done.side)
     for name, path in plan.sources.items():
@@ -184,19 +152,7 @@ def _convert(
     manifest = plan.dest / manifest_name(plan.alone)
     write_file(manifest, plan.manifest(done.sources, done.outputs, done.stats))
     journal.remove()
-    return read_manifest(manifest).tensors
-
-
-@contextmanager
-def _open_beside(plan: ModelPlan) -> Iterator[PartialFile | None]:
-    if plan.beside is None:
-        yield None
-        return
-    path = plan.dest / plan.beside.name
-    reopen(path)
-    with PartialFile(path, plan.beside.size) as file:
-        file.write(plan.beside.header, 0)
-        yield file
+    return read_manifest(manifest).tensors, ledger.timings
 
 
 def _hash_unchanged(plan: ModelPlan, name: str, path: Path) -> FileRecord:
@@ -207,18 +163,6 @@ def _hash_unchanged(plan: ModelPlan, name: str, path: Path) -> FileRecord:
             "the file has changed during the work", file=path, fix="restore it, or start over with --overwrite"
         )
     return record
-
-
-def _check_recorded(plan: ModelPlan, path: Path, found: FileRecord) -> None:
-    expected = plan.recorded.get(path.name)
-    if expected not in (None, found):
-        raise ConversionError(
-            "SOURCE is not the model that the adapter belongs to",
-            file=path,
-            expected=f"sha256 {expected.sha256}" if expected else None,
-            found=found.sha256,
-            fix="give that model",
-        )
 
 
 def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str]) -> FileRecord:

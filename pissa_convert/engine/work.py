@@ -20,6 +20,21 @@ Transform = Callable[[Any, Path, memoryview], Stats]
 """Does a step's work on its buffer, which begins with the source's bytes; the source file is named in errors."""
 
 
+class Slots(Protocol):
+    """The file beside the shards while its slots are filled."""
+
+    @property
+    def partial(self) -> Path:
+        """What it is called meanwhile."""
+
+    @property
+    def descriptor(self) -> int:
+        """To read it by."""
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+
+
 class FilePlan(Protocol):
     """A file of the result's own, beside the shards: its header is known, and steps fill the rest."""
 

@@ -14,7 +14,7 @@ from pissa_convert.engine.buffers import Buffer, Buffers
 from pissa_convert.engine.digest import sha256
 from pissa_convert.engine.files import PartialFile
 from pissa_convert.engine.hashing import Hashing, Ticket
-from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard
+from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard, Slots
 from pissa_convert.report import Timings
 from pissa_convert.steps import Stats
 
@@ -47,7 +47,7 @@ class Sink:
         progress: bytes of source whose output is in place since the last call.
     """
 
-    beside: PartialFile | None
+    beside: Slots | None
     step_done: Callable[[Shard, StepDone], None]
     shard_written: Callable[[Shard, str, PartialFile], None]
     progress: Callable[[int], None]
@@ -140,7 +140,7 @@ class Writer:
         give_back = partial(self._buffers.give_back, buffer)
         return self._hashing.feed(self._hashing.output, shard.digest, view, give_back)
 
-    def _write(self, file: PartialFile, view: memoryview, offset: int) -> None:
+    def _write(self, file: Slots, view: memoryview, offset: int) -> None:
         """Write `view` and release it."""
         started = time.perf_counter()
         file.write(view, offset)

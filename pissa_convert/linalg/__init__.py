@@ -1,11 +1,13 @@
 """One protocol for splitting a matrix, and what goes in and comes out of it.
 
-`native` is the C++ core on the CPU. A backend works on bytes in place and knows nothing of files.
+`native` is the C++ core on the CPU, `torch_backend` works on GPUs. A backend works on bytes in place and knows nothing
+of files.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ class SplitSpec:
         fan_in_fan_out: the weight is stored (in, out), as in GPT-2's Conv1D.
         passes: over the weight, or None for as many as the error estimate asks for.
         key: 64 bits that decide the random start; see `tensor_key`.
+        name: of the tensor, for messages.
     """
 
     rows: int
@@ -36,6 +39,7 @@ class SplitSpec:
     fan_in_fan_out: bool
     passes: int | None
     key: int
+    name: str = ""
 
     @property
     def a_shape(self) -> tuple[int, int]:
@@ -71,6 +75,20 @@ class SplitStats:
     relative_error: float
     estimated_deficit: float
     passes: int
+
+    @classmethod
+    def of(
+        cls, sigma: Sequence[float], weight_norm: float, rounding_error: float, estimated_deficit: float, passes: int
+    ) -> SplitStats:
+        """From ‖W‖ and ‖W − (W_res + s·B·A)‖ as they were measured."""
+        energy = sum(value * value for value in sigma)
+        return cls(
+            singular_values=tuple(sigma),
+            captured_energy=energy / (weight_norm * weight_norm) if weight_norm else 0.0,
+            relative_error=rounding_error / weight_norm if weight_norm else 0.0,
+            estimated_deficit=estimated_deficit,
+            passes=passes,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready values that `from_json` turns back into an equal object."""
@@ -109,6 +127,17 @@ class Backend(Protocol):
     @property
     def threads(self) -> int:
         """Threads that a split works with; how many there are changes no byte of a result."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the user should know of the splits so far, by it and all that are made from it."""
+
+    def at_once(self, specs: Iterable[SplitSpec]) -> int:
+        """How many of these it and those made from it may split at the same time, at most.
+
+        Raises:
+            RequestError: its memory does not hold the largest.
+        """
 
     def with_threads(self, threads: int) -> Backend:
         """Another of the same kind, which may split while this one does."""

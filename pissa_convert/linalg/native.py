@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pissa_convert import _core
@@ -54,6 +55,15 @@ class NativeBackend:
     @property
     def threads(self) -> int:
         """See `Backend.threads`."""
+        return self._threads
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """None: there is one way."""
+        return ()
+
+    def at_once(self, specs: Iterable[SplitSpec]) -> int:
+        """See `Backend.at_once`: one for each thread."""
         return self._threads
 
     def with_threads(self, threads: int) -> NativeBackend:
@@ -127,12 +137,6 @@ class NativeBackend:
 
 def as_stats(result: _core.SplitResult) -> SplitStats:
     """The part of the core's result that is the same on every run."""
-    norm = result.weight_norm
-    energy = sum(value * value for value in result.singular_values)
-    return SplitStats(
-        singular_values=tuple(result.singular_values),
-        captured_energy=energy / (norm * norm) if norm else 0.0,
-        relative_error=result.rounding_error / norm if norm else 0.0,
-        estimated_deficit=result.estimated_deficit,
-        passes=result.passes,
+    return SplitStats.of(
+        result.singular_values, result.weight_norm, result.rounding_error, result.estimated_deficit, result.passes
     )

@@ -13,6 +13,7 @@ from interrupting import JOURNAL, interrupt
 
 from pissa_convert import api, convert
 from pissa_convert.engine.run import run
+from pissa_convert.engine.workers import InProcess
 from pissa_convert.errors import ConversionError, PissaError, RequestError
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.memory import footprint
@@ -135,7 +136,7 @@ def test_what_is_kept_may_be_larger_than_the_memory_in_flight(tmp_path: Path) ->
     tight = replace(plan.memory, budget=max(map(footprint, flights(plan.shards))))
     kept = (tmp_path / "out" / JOURNAL).read_bytes().count(b'"step"')
     assert sum(step.end - step.begin for step in list(plan.splits)[:kept]) > tight.budget
-    report = run(replace(plan, memory=tight), NativeBackend(1))
+    report = run(replace(plan, memory=tight), InProcess(NativeBackend(1)))
     assert report.resumed
     convert(source, tmp_path / "fresh", rank=4)
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")

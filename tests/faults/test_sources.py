@@ -13,6 +13,7 @@ from checkpoints import raw_header, small_model, write_model
 from pissa_convert import api, convert
 from pissa_convert.engine import reader
 from pissa_convert.engine.run import run
+from pissa_convert.engine.workers import InProcess
 from pissa_convert.errors import ConversionError
 from pissa_convert.linalg.native import NativeBackend
 
@@ -36,7 +37,7 @@ def test_a_source_shard_that_changes_during_the_run_is_noticed(tmp_path: Path, e
     plan = api.plan(source, tmp_path / "out", rank=4)
     tight = replace(plan, memory=replace(plan.memory, budget=40_000))
     with pytest.raises(ConversionError, match=victim.name):
-        run(tight, NativeBackend(1), progress=progress)
+        run(tight, InProcess(NativeBackend(1)), progress=progress)
     assert not (tmp_path / "out" / "config.json").exists()
 
 
