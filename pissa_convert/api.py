@@ -219,7 +219,9 @@ def convert(
     to="merged" adds an adapter to the model folder `source`: W + s·B·A, in float32 and rounded once, what was trained
     whole in its place, a head that is tied no longer in a file of its own. Options:
 
-        adapter: the adapter folder: a LoRA for the original model, or a trained PiSSA adapter for its residual.
+        adapter: the adapter folder: a LoRA for the original model, or a trained PiSSA adapter for its residual, which
+            may be a 4-bit base: its weights are then read back as bitsandbytes reads them.
+        exact_base: instead of an adapter: read a 4-bit base back, and add nothing.
         dtype: "float32", "bfloat16" or "float16" for every floating-point tensor; by default each keeps its own.
 
     Args:
@@ -247,7 +249,7 @@ def convert(
     if isinstance(work, GgufPlan):
         return run_gguf(work, backend, overwrite=overwrite, progress=progress)
     if isinstance(work, MergePlan):
-        return run_merge(work, overwrite=overwrite, progress=progress)
+        return run_merge(work, backend, overwrite=overwrite, progress=progress)
     return run(work, backend, overwrite=overwrite, progress=progress)
 
 
