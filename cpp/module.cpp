@@ -44,13 +44,17 @@ Bytes contiguous_bytes(const py::buffer& buffer, bool writable, const char* name
   return {info.ptr, static_cast<std::size_t>(info.size * info.itemsize)};
 }
 
-void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char* name) {
-  const Bytes found = contiguous_bytes(buffer, true, name);
+void* bytes_of(const py::buffer& buffer, bool writable, std::size_t expected, const char* name) {
+  const Bytes found = contiguous_bytes(buffer, writable, name);
   if (found.count != expected) {
     throw std::invalid_argument(std::string(name) + " must be " + std::to_string(expected) + " bytes, not " +
                                 std::to_string(found.count));
   }
   return found.data;
+}
+
+void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char* name) {
+  return bytes_of(buffer, true, expected, name);
 }
 
 pissa::Sha256 new_digest() {
@@ -100,10 +104,10 @@ const pissa::FourBitCode& code_named(const std::string& code) {
   throw std::invalid_argument("code must be nf4 or fp4, not " + code);
 }
 
-pissa::FourBit four_bit(std::size_t count, const std::string& code, const py::buffer& packed,
-                        const py::buffer& absmax) {
-  return {&code_named(code), static_cast<std::uint8_t*>(writable_bytes(packed, (count + 1) / 2, "packed")),
-          static_cast<float*>(writable_bytes(absmax, 4 * pissa::four_bit_blocks(count), "absmax"))};
+pissa::FourBit four_bit(std::size_t count, const std::string& code, const py::buffer& packed, const py::buffer& absmax,
+                        bool writable) {
+  return {&code_named(code), static_cast<std::uint8_t*>(bytes_of(packed, writable, (count + 1) / 2, "packed")),
+          static_cast<float*>(bytes_of(absmax, writable, 4 * pissa::four_bit_blocks(count), "absmax"))};
 }
 
 // Threads live as long as the object: one per caller that wants to split.
@@ -153,7 +157,7 @@ class Splitter {
   double quantise(const py::buffer& values, const std::string& dtype, const std::string& code, const py::buffer& packed,
                   const py::buffer& absmax, const py::buffer& nested_codes, const py::buffer& nested_absmax) {
     const std::size_t count = values_in(values, dtype);
-    const pissa::FourBit to = four_bit(count, code, packed, absmax);
+    const pissa::FourBit to = four_bit(count, code, packed, absmax, true);
     const std::size_t blocks = pissa::four_bit_blocks(count);
     const bool nests = nested_codes.request().size > 0;
     auto* codes = static_cast<std::uint8_t*>(nests ? writable_bytes(nested_codes, blocks, "nested_codes") : nullptr);
@@ -172,7 +176,7 @@ class Splitter {
   void dequantise(const py::buffer& out, const std::string& dtype, const std::string& code, const py::buffer& packed,
                   const py::buffer& absmax) {
     const std::size_t count = values_in(out, dtype);
-    const pissa::FourBit stored = four_bit(count, code, packed, absmax);
+    const pissa::FourBit stored = four_bit(count, code, packed, absmax, false);
     void* to = writable_bytes(out, count * size_of(parse_dtype(dtype)), "out");
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -182,7 +186,7 @@ class Splitter {
   void subtract_stored(const py::buffer& weight, const py::buffer& out, const std::string& dtype,
                        const std::string& code, const py::buffer& packed, const py::buffer& absmax) {
     const std::size_t count = values_in(weight, dtype);
-    const pissa::FourBit stored = four_bit(count, code, packed, absmax);
+    const pissa::FourBit stored = four_bit(count, code, packed, absmax, false);
     const void* from = weight.request().ptr;
     auto* to = static_cast<float*>(writable_bytes(out, count * sizeof(float), "out"));
     const py::gil_scoped_release release;
@@ -193,9 +197,9 @@ class Splitter {
   void relax_towards(const py::buffer& target, const py::buffer& difference, float relaxation, const std::string& dtype,
                      const std::string& code, const py::buffer& packed, const py::buffer& absmax) {
     const std::size_t count = values_in(target, dtype);
-    const pissa::FourBit stored = four_bit(count, code, packed, absmax);
+    const pissa::FourBit stored = four_bit(count, code, packed, absmax, false);
     void* to = writable_bytes(target, count * size_of(parse_dtype(dtype)), "target");
-    const auto* from = static_cast<const float*>(writable_bytes(difference, count * sizeof(float), "difference"));
+    const auto* from = static_cast<const float*>(bytes_of(difference, false, count * sizeof(float), "difference"));
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     pissa::relax_towards(pool_, stored, parse_dtype(dtype), count, from, relaxation, to);

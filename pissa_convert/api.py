@@ -253,7 +253,9 @@ def convert(
     to="merged" adds an adapter to the model folder `source`: W + s·B·A, in float32 and rounded once, what was trained
     whole in its place, a head that is tied no longer in a file of its own. Options:
 
-        adapter: the adapter folder: a LoRA for the original model, or a trained PiSSA adapter for its residual.
+        adapter: the adapter folder: a LoRA for the original model, or a trained PiSSA adapter for its residual, which
+            may be a 4-bit base: its weights are then read back as bitsandbytes reads them.
+        exact_base: instead of an adapter: read a 4-bit base back, and add nothing.
         dtype: "float32", "bfloat16" or "float16" for every floating-point tensor; by default each keeps its own.
 
     to="gguf" makes one file for llama.cpp, `dest`, of an adapter folder or a model folder. Options:

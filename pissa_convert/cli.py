@@ -93,6 +93,11 @@ def _add_merging(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--adapter", metavar="ADAPTER", help="a LoRA for an original model, or a trained adapter for its residual"
     )
+    group.add_argument(
+        "--exact-base",
+        action="store_true",
+        help="instead of an adapter: write the weights of a 4-bit base out as bitsandbytes reads them",
+    )
 
 
 def _add_gguf(group: argparse._ArgumentGroup) -> None:

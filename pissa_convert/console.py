@@ -258,6 +258,7 @@ def _print_quant_report(report: QuantReport) -> None:
 
 _COMPARED = {
     "pissa": "W = W_res + s·B·A within {:.1e} of ‖W‖ for {} weights",
+    "qpissa": "W = Q + s·B·A within {:.1e} of ‖W‖ for {} weights",
     "lora": "ΔW = B·A within {:.1e} of ‖ΔW‖ for {} modules",
     "merged": "W + s·B·A within {:.1e} of its norm for {} weights",
     "gguf": "what is stored within {:.1e} of what it was made from for {} tensors",

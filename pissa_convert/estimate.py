@@ -19,6 +19,7 @@ from pissa_convert.linalg import Backend, FourBitSpec, SplitSpec
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.merge_plan import MergePlan
+from pissa_convert.merge_steps import Dequantise
 from pissa_convert.planning import Plan
 from pissa_convert.quant_plan import QuantPlan
 from pissa_convert.transforms.delta import Product, decompose
@@ -115,12 +116,14 @@ def estimate_lora_seconds(plan: LoraPlan) -> float:
 
 def estimate_merge_seconds(plan: MergePlan) -> float:
     """Seconds of computing: some rows of the plan's largest rank are timed and scaled by the values that change."""
-    rank = max((pair.rank for pair in plan.adapter.pairs.values()), default=1)
+    pairs = {} if plan.adapter is None else plan.adapter.pairs
+    rank = max((pair.rank for pair in pairs.values()), default=1)
     rows = memoryview(bytearray(2 * _SIZE**2))
     addition = Addition(np.zeros((_SIZE, rank), np.float32), np.zeros((rank, _SIZE), np.float32))
     with threadpool_limits(1, user_api="blas"):
         each = _fastest(lambda: merge_rows(rows, "BF16", rows, "BF16", _SIZE, addition)) / _SIZE**2
-    return each * sum((step.bottom - step.top) * step.columns for step in plan.merges) / plan.memory.widths.threads
+    steps = [step.merge if isinstance(step, Dequantise) else step for step in plan.merges]
+    return each * sum((step.bottom - step.top) * step.columns for step in steps) / plan.memory.widths.threads
 
 
 def estimate_gguf_seconds(plan: GgufPlan, backend: Backend) -> float:

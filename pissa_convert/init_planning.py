@@ -16,6 +16,7 @@ from pissa_convert.formats.safetensors import TensorInfo, lay_out
 from pissa_convert.linalg import SplitSpec
 from pissa_convert.options import SplitOptions, split_options
 from pissa_convert.planning import ADAPTER_FOLDER, split_spec
+from pissa_convert.quant_stats import overall
 from pissa_convert.targets import Action, decide
 
 _RECORD = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
@@ -46,6 +47,7 @@ class Init:
         sources: files of it that the result's manifest records.
         derivations: the splits to make again, by module; none where the file is read.
         options: what decides them.
+        base_error: ‖W − (Q + s·B·A)‖/‖W‖ over all modules together, where the training ran on a 4-bit base Q.
     """
 
     file: Path
@@ -58,6 +60,7 @@ class Init:
     sources: Mapping[str, Path] = field(default_factory=dict)
     derivations: Mapping[str, Derivation] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    base_error: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -82,6 +85,9 @@ def stored_init(path: Path) -> Init:
     folder = open_adapter(root, "--init")
     manifest = split_manifest(root.parent) if root.name == ADAPTER_FOLDER else None
     base = folder.config.get("base_model_name_or_path")
+    base_error = None
+    if manifest is not None and manifest.head["to"] == "qpissa":
+        base_error = overall(entry for entry in manifest.tensors.values() if entry["adapted"]).relative_error
     return Init(
         file=folder.file.path,
         header=folder.file.header,
@@ -91,6 +97,8 @@ def stored_init(path: Path) -> Init:
         base=base if isinstance(base, str) and manifest is None else None,
         base_files=manifest.source_weights if manifest else {},
         sources={f"init/{name}": root / name for name in (CONFIG_NAME, WEIGHTS_NAME)},
+        options={} if base_error is None else {"base_error": base_error},
+        base_error=base_error,
     )
 
 
@@ -150,6 +158,11 @@ def derived_init(model: Path, trained: AdapterFolder, kept: Path | None, given: 
 
 
 def _options_of(manifest: Manifest) -> SplitOptions:
+    if manifest.head["to"] != "pissa":
+        raise RequestError(
+            "the initial adapter of a 4-bit base cannot be derived from the original model",
+            fix="restore pissa_init/, or make the base again with --to qpissa",
+        )
     known = dict(manifest.head["options"])
     try:
         known["passes"] = known["passes"] or "auto"

@@ -177,7 +177,8 @@ class LoraPlan:
     def texts(self) -> dict[str, bytes]:
         """Small files that are written by us, in the order of their commits: what makes the folder load comes last."""
         config = lora_config(self.trained.config, self.init.base, self.ranks)
-        return {CARD_NAME: lora_card(self.ranks, self.options.dtype, __version__), CONFIG_NAME: config}
+        card = lora_card(self.ranks, self.options.dtype, __version__, self.init.base_error)
+        return {CARD_NAME: card, CONFIG_NAME: config}
 
     @cached_property
     def output_sizes(self) -> dict[str, int]:

@@ -27,9 +27,10 @@ from pissa_convert.formats.model_card import CARD_NAME
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo, lay_out
 from pissa_convert.memory import MemoryPlan
 from pissa_convert.merge_changes import HEAD, Changes
-from pissa_convert.merge_steps import Change, Merge
+from pissa_convert.merge_steps import Change, Dequantise, Merge
 from pissa_convert.options import ADAPTER_DTYPES, MergeOptions
 from pissa_convert.planning import ADAPTER_FOLDER
+from pissa_convert.quantised_source import is_stored_plainly
 from pissa_convert.steps import ShardPlan
 from pissa_convert.targets import SPLITTABLE
 from pissa_convert.transforms.merge import MergeStats
@@ -60,25 +61,27 @@ class MergePlan:
 
     Attributes:
         source, dest: absolute paths.
-        adapter: what is merged.
+        adapter: what is merged; None where a 4-bit model is only read back.
         changes: what it does to each tensor.
         shards: the output shards in order.
         beside: the shard of an output head that was tied, where it is no longer.
         recorded: what source shards must be, as far as the adapter's provenance tells.
         warnings: what the user should look into.
+        quantised: weights that are read back from 4 bits.
     """
 
     source: Path
     dest: Path
     options: MergeOptions
     checkpoint: Checkpoint
-    adapter: AdapterFolder
+    adapter: AdapterFolder | None
     changes: Changes
     shards: tuple[ShardPlan, ...]
     beside: HeadFile | None
     memory: MemoryPlan
     recorded: Mapping[str, FileRecord]
     warnings: tuple[str, ...] = ()
+    quantised: int = 0
     to: str = "merged"
 
     @property
@@ -101,24 +104,27 @@ class MergePlan:
     def sources(self) -> dict[str, Path]:
         """Every file that decides the result, by its name in the manifest."""
         model = {name: self.source / name for name in (*(shard.source_name for shard in self.shards), *self.auxiliary)}
-        adapter = {f"{ADAPTER_PREFIX}{name}": self.adapter.root / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
-        return model | adapter
+        if self.adapter is None:
+            return model
+        root = self.adapter.root
+        return model | {f"{ADAPTER_PREFIX}{name}": root / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
 
     @cached_property
     def texts(self) -> dict[str, bytes]:
         """The model card."""
         original = (self.source / CARD_NAME).read_bytes() if CARD_NAME in self.auxiliary else None
-        return {CARD_NAME: merged_card(original, len(self.changes.tensors), self.options.dtype, __version__)}
+        changed = None if self.adapter is None else len(self.changes.tensors)
+        return {CARD_NAME: merged_card(original, changed, self.options.dtype, __version__)}
 
     @cached_property
     def last_texts(self) -> dict[str, bytes]:
         """The index and config.json where they change."""
         texts = {}
-        untied = self.beside is not None
-        if untied or (self.options.dtype is not None and self.checkpoint.index is not None):
+        untied, resized = self.beside is not None, self.options.dtype is not None or self.quantised > 0
+        if untied or (resized and self.checkpoint.index is not None):
             old = (self.source / INDEX_NAME).read_bytes() if self.checkpoint.index else None
             texts[INDEX_NAME] = merged_index(old, self._placed)
-        if "config.json" in self.auxiliary and (untied or self.options.dtype is not None):
+        if "config.json" in self.auxiliary and (untied or resized):
             text = (self.source / "config.json").read_bytes()
             texts["config.json"] = merged_config(text, self.options.dtype, untied)
         return texts
@@ -151,9 +157,9 @@ class MergePlan:
         return sizes | {MANIFEST_NAME: len(self.manifest(sources, outputs, stats))}
 
     @property
-    def merges(self) -> Iterator[Merge]:
+    def merges(self) -> Iterator[Merge | Dequantise]:
         """All steps that change something."""
-        return (step for shard in self.shards for step in shard.steps if isinstance(step, Merge))
+        return (step for shard in self.shards for step in shard.steps if isinstance(step, Merge | Dequantise))
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -191,7 +197,7 @@ def describe(change: Change) -> str:
 
 def shard_tensors(shard: SafetensorsFile, dtype: str | None) -> tuple[bytes, tuple[TensorInfo, ...]]:
     """The header of a merged shard and its tensors' places; the source's own where no dtype changes."""
-    if all(new_dtype(tensor, dtype) == tensor.dtype for tensor in shard.tensors):
+    if all(new_dtype(tensor, dtype) == tensor.dtype and is_stored_plainly(tensor) for tensor in shard.tensors):
         return shard.header, shard.tensors
     return lay_out(((t.name, new_dtype(t, dtype), t.shape) for t in shard.tensors), shard.metadata)
 

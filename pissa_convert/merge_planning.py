@@ -15,9 +15,10 @@ from pissa_convert.formats.safetensors import SafetensorsFile, lay_out
 from pissa_convert.memory import Widths, plan_memory
 from pissa_convert.merge_changes import HEAD, Changes, find_changes
 from pissa_convert.merge_plan import HEAD_FILE, TWO_FILES, HeadFile, MergePlan, new_dtype, shard_tensors
-from pissa_convert.merge_steps import Change, Target, Treatment, merge_steps
+from pissa_convert.merge_steps import Change, Dequantise, Target, Treatment, merge_steps
 from pissa_convert.options import MergeOptions, RunOptions
 from pissa_convert.planning import check_destination
+from pissa_convert.quantised_source import StoredWeight, as_matrices, quantised_manifest
 from pissa_convert.steps import ShardPlan, changes_of, flights
 from pissa_convert.targets import refuse_quantised
 
@@ -27,7 +28,7 @@ _SCRATCH = 8 << 20
 
 def plan_merge(
     source: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None,
     dest: str | os.PathLike[str],
     options: MergeOptions,
     run: RunOptions,
@@ -35,21 +36,33 @@ def plan_merge(
 ) -> MergePlan:
     """Read the headers of model and adapter and decide everything.
 
+    Args:
+        adapter: None to read a 4-bit model back as it is.
+
     Raises:
         RequestError: they do not fit together, or DEST cannot be used.
     """
     root, target = Path(source).resolve(), Path(os.path.abspath(dest))
-    folder = open_adapter(Path(adapter), "--adapter")
-    for read in (root, folder.root.resolve()):
+    folder = None if adapter is None else open_adapter(Path(adapter), "--adapter")
+    for read in (root, *([] if folder is None else [folder.root.resolve()])):
         check_destination(read, target)
     checkpoint = open_checkpoint(root)
+    manifest = quantised_manifest(checkpoint)
+    stored: Mapping[str, StoredWeight] = {}
+    if manifest is not None:
+        checkpoint, stored = as_matrices(checkpoint, manifest)
+    elif folder is None:
+        fix = "give the result of --to qpissa, or --adapter"
+        raise RequestError("--exact-base reads a 4-bit base back, and SOURCE is none", file=root, fix=fix)
     known = [(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.tensors]
     refuse_quantised(known, checkpoint.config)
-    changes = find_changes(checkpoint, read_architecture(checkpoint.config, [name for name, _, _ in known]), folder)
+    architecture = read_architecture(checkpoint.config, [name for name, _, _ in known])
+    changes = Changes({}) if folder is None else find_changes(checkpoint, architecture, folder)
     beside = _head_file(checkpoint, changes, options.dtype)
-    shards = tuple(_shard_plan(shard, changes, beside, options.dtype) for shard in checkpoint.shards)
+    shards = tuple(_shard_plan(shard, changes, beside, options.dtype, stored) for shard in checkpoint.shards)
     # Each lane holds both factors, in float64 while they are read.
-    factors = max((2 * 8 * pair.rank * (pair.size_in + pair.size_out) for pair in folder.pairs.values()), default=0)
+    pairs = () if folder is None else folder.pairs.values()
+    factors = max((2 * 8 * pair.rank * (pair.size_in + pair.size_out) for pair in pairs), default=0)
     return MergePlan(
         source=root,
         dest=target,
@@ -61,24 +74,35 @@ def plan_merge(
         beside=beside,
         memory=plan_memory(flights(shards), partial(_workspace, shards, factors + _SCRATCH), threads, run.max_memory),
         recorded={},
+        quantised=len(stored),
     )
 
 
 def _workspace(shards: Iterable[ShardPlan], lane: int, widths: Widths) -> int:
     """Bytes that the lanes take beside the rows; more threads in one do not make it larger."""
-    return widths.total((step.nbytes, lambda threads: lane) for step in changes_of(shards))
+
+    def needed(step: object, threads: int) -> int:
+        return lane + (step.merge.end if isinstance(step, Dequantise) and step.stored.transposed else 0)
+
+    return widths.total((step.nbytes, partial(needed, step)) for step in changes_of(shards))
 
 
-def _shard_plan(shard: SafetensorsFile, changes: Changes, beside: HeadFile | None, dtype: str | None) -> ShardPlan:
+def _shard_plan(
+    shard: SafetensorsFile,
+    changes: Changes,
+    beside: HeadFile | None,
+    dtype: str | None,
+    stored: Mapping[str, StoredWeight],
+) -> ShardPlan:
     header, places = shard_tensors(shard, dtype)
     treatments = {}
     for tensor in shard.tensors:
         change, new = changes.tensors.get(tensor.name), new_dtype(tensor, dtype)
         is_tied = beside is not None and tensor.name == changes.tied_to
-        if tensor.nbytes and (change is not None or is_tied or new != tensor.dtype):
+        if tensor.nbytes and (change is not None or is_tied or new != tensor.dtype or tensor.name in stored):
             head = Target(new, changes.head) if is_tied and changes.head is not None else None
             slot = beside.slot if is_tied and beside is not None else None
-            treatments[tensor.name] = Treatment(Target(new, change or Change()), head, slot)
+            treatments[tensor.name] = Treatment(Target(new, change or Change()), head, slot, stored.get(tensor.name))
     steps = merge_steps(shard, {place.name: place for place in places}, treatments)
     alone = beside is not None and beside.name in TWO_FILES
     size = places[-1].end if places else len(header)

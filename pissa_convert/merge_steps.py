@@ -9,6 +9,7 @@ from typing import Any
 
 from pissa_convert.formats.adapter_folder import Pair
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo
+from pissa_convert.quantised_source import StoredWeight
 from pissa_convert.steps import Step, align, steps_of
 from pissa_convert.transforms.merge import WIDTHS, MergeStats
 
@@ -112,12 +113,80 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Dequantise:
+    """A whole 4-bit weight, which is read back and then merged like any other.
+
+    Attributes:
+        begin, end: of its 4-bit tensors in the source shard.
+        stored: what they are.
+        merge: what becomes of the matrix, whose bytes come to lie behind them in the buffer.
+    """
+
+    begin: int
+    end: int
+    stored: StoredWeight
+    merge: Merge
+
+    @property
+    def at(self) -> int:
+        """Where the result begins in the output shard."""
+        return self.merge.at
+
+    @property
+    def stop(self) -> int:
+        """Where it ends."""
+        return self.merge.stop
+
+    @property
+    def tensor(self) -> str:
+        """The weight's name."""
+        return self.merge.tensor
+
+    @property
+    def key(self) -> str:
+        """What its statistics are kept under."""
+        return self.merge.key
+
+    @property
+    def source(self) -> slice:
+        """The part of the buffer that the source is read into."""
+        return slice(0, self.end - self.begin)
+
+    @property
+    def matrix(self) -> slice:
+        """The part of the buffer that the merge works in."""
+        begin = align(self.end - self.begin)
+        return slice(begin, begin + self.merge.nbytes)
+
+    @property
+    def result(self) -> slice:
+        """The part of the buffer that goes to the output shard, at `at`."""
+        begin = self.matrix.start
+        return slice(begin + self.merge.result.start, begin + self.merge.result.stop)
+
+    @property
+    def beside(self) -> tuple[tuple[slice, TensorInfo], ...]:
+        """Nothing: an output head is not quantised."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory for it."""
+        return int(self.matrix.stop)
+
+    def read_stats(self, values: dict[str, Any]) -> MergeStats:
+        """Its statistics from their JSON values."""
+        return self.merge.read_stats(values)
+
+
+@dataclass(frozen=True)
 class Treatment:
-    """What becomes of one tensor: its rows' targets; `head_slot` is the whole head's place."""
+    """What becomes of one tensor: its rows' targets; `head_slot` is the whole head's place, `stored` a 4-bit weight."""
 
     main: Target
     head: Target | None = None
     head_slot: TensorInfo | None = None
+    stored: StoredWeight | None = None
 
 
 def merge_steps(
@@ -130,9 +199,12 @@ def merge_steps(
         treatments: of the tensors that are changed; the others are copied.
     """
 
-    def rows(tensor: TensorInfo) -> Iterator[Merge]:
-        if tensor.name in treatments:
-            yield from _rows(tensor, places[tensor.name], treatments[tensor.name])
+    def rows(tensor: TensorInfo) -> Iterator[Merge | Dequantise]:
+        treatment = treatments.get(tensor.name)
+        if treatment is not None and treatment.stored is not None:
+            yield _whole(tensor, places[tensor.name], treatment.main, treatment.stored)
+        elif treatment is not None:
+            yield from _rows(tensor, places[tensor.name], treatment)
 
     return steps_of(shard.tensors, lambda tensor: places[tensor.name].begin, rows)
 
@@ -164,6 +236,13 @@ def _rows(tensor: TensorInfo, place: TensorInfo, treatment: Treatment) -> Iterat
             head=treatment.head,
             slot=slot,
         )
+
+
+def _whole(tensor: TensorInfo, place: TensorInfo, main: Target, stored: StoredWeight) -> Dequantise:
+    rows, columns = tensor.shape
+    nbytes = rows * columns * WIDTHS[tensor.dtype]
+    merge = Merge(0, nbytes, place.begin, tensor.name, 0, rows, columns, tensor.dtype, main)
+    return Dequantise(tensor.begin, tensor.end, stored, merge)
 
 
 def _row_slot(whole: TensorInfo, top: int, bottom: int, width: int) -> TensorInfo:

@@ -54,10 +54,12 @@ def plan_request(
     if to == "merged" and is_gguf(source):
         return plan_merged_gguf(source, dest, options, run_options, backend.threads)
     if to == "merged":
-        _check_options(to, options, merge_options, ("adapter",))
-        adapter = options.pop("adapter", None)
-        if adapter is None:
+        _check_options(to, options, merge_options, ("adapter", "exact_base"))
+        adapter, exact_base = options.pop("adapter", None), options.pop("exact_base", False)
+        if adapter is None and not exact_base:
             raise RequestError("--to merged needs what to add to the model", fix="give --adapter")
+        if adapter is not None and exact_base:
+            raise RequestError("--exact-base adds no adapter", fix="give --adapter or --exact-base")
         chosen = merge_options(**options)
         return check_base(plan_merge(source, adapter, dest, chosen, run_options, backend.threads))
     if to == "qpissa":

@@ -63,8 +63,8 @@ def plan_again(source: Path, dest: Path, manifest: Manifest, given: Mapping[str,
     return (plan_merged_gguf if to == "merged" else plan_to_gguf)(source, place, wanted, run, 1)
 
 
-_DERIVED = ("dtype",)
-"""Options of the LoRA that is made on the way, which nobody chose."""
+_DERIVED = ("dtype", "base_error")
+"""What is recorded of the LoRA that is made on the way, which nobody chose."""
 
 
 def compare_gguf(plan: GgufPlan, manifest: Manifest, seen: Callable[[int], None]) -> Finding:

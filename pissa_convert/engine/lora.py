@@ -191,6 +191,11 @@ def _warnings(plan: LoraPlan, norm: float, trained: float, init: float) -> tuple
             f"TRAINED does not look like it began as {plan.init.file}: ‖ΔW‖ is {norm / init:.2f} of the initial "
             f"adapter's ‖s·B·A‖, which training hardly ever changes that much"
         )
+    if plan.init.base_error is not None:
+        found.append(
+            f"the training ran on a 4-bit base: the original with this LoRA is {plan.init.base_error:.1e} of ‖W‖ away "
+            f"from what was trained; --to merged with the 4-bit base gives that exactly"
+        )
     if plan.init.derivations and plan.init.recorded is None:
         said = ", ".join(f"{name} {value or 'auto'}" for name, value in plan.init.options.items() if name != "seed")
         found.append(
