@@ -17,6 +17,7 @@ import pytest
 import ray
 import torch
 from checkpoints import DTYPES, digests, small_model, write_model
+from gguf_models import packaged_smollm2, rewrite
 from ray.cluster_utils import Cluster
 
 from pissa_convert import cluster as clusters
@@ -171,6 +172,17 @@ def test_a_merge_runs_on_it_too(
     convert(residual, tmp_path / "alone", "merged", adapter=residual / "pissa_init")
     monkeypatch.chdir(residual)
     convert(residual, tmp_path / "out", "merged", adapter="pissa_init", threads=1, ray=cluster.address)
+    assert digests(tmp_path / "out") == digests(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("to", ["qpissa", "pissa"])
+def test_every_target_that_walks_a_model_runs_on_it(to: str, cluster: Cluster, tmp_path: Path) -> None:
+    if to == "pissa":
+        model = rewrite(packaged_smollm2(), tmp_path / "in.gguf", "F16", layers=1)
+    else:
+        model = write_model(tmp_path / "in", small_model(dtype=torch.bfloat16), 2)
+    convert(model, tmp_path / "alone", to, rank=4)  # type: ignore[call-overload]
+    convert(model, tmp_path / "out", to, rank=4, threads=1, ray=cluster.address)  # type: ignore[call-overload]
     assert digests(tmp_path / "out") == digests(tmp_path / "alone")
 
 

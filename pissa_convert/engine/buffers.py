@@ -48,6 +48,11 @@ class Buffers:
         self._cancelled = False
 
     @property
+    def memory(self) -> memoryview:
+        """All of it."""
+        return self._arena
+
+    @property
     def largest(self) -> int:
         """Bytes of the largest buffer that can be taken."""
         return self._capacity // PAGE * PAGE - footprint(0)

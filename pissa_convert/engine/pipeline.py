@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pissa_convert.engine.buffers import Buffers
@@ -22,9 +23,17 @@ from pissa_convert.engine.writer import Sink, Writer
 from pissa_convert.memory import MemoryPlan
 from pissa_convert.report import Timings
 
+Pin = Callable[[memoryview], AbstractContextManager[None]]
+
 
 def run_pipeline(
-    shards: Sequence[Shard], dest: Path, make: MakeTransform, memory: MemoryPlan, sink: Sink, timings: Timings
+    shards: Sequence[Shard],
+    dest: Path,
+    make: MakeTransform,
+    memory: MemoryPlan,
+    sink: Sink,
+    timings: Timings,
+    pin: Pin,
 ) -> None:
     """Convert `shards` one after the other into `dest`.
 
@@ -35,6 +44,7 @@ def run_pipeline(
         memory: bytes in flight at most, and the threads of each tensor.
         sink: is told what is done.
         timings: grow as the work goes on.
+        pin: holds the memory of the buffers meanwhile: see `Backend.pinned`.
 
     Raises:
         PissaError: from whichever stage failed first.
@@ -44,7 +54,7 @@ def run_pipeline(
     items: queue.Queue[Item] = queue.Queue()  # its length is bounded by the budget for what it holds
     # With up to two threads the computing takes longer than all of the hashing in one.
     together = IS_NATIVE and memory.widths.threads <= 2
-    with Hashing(together=together) as hashing, Lanes(make, memory.widths, timings) as lanes:
+    with pin(buffers.memory), Hashing(together=together) as hashing, Lanes(make, memory.widths, timings) as lanes:
         reader = Reader(buffers, hashing, lanes, items, timings)
         thread = threading.Thread(target=reader.read_all, args=(shards,), name="reader")
         thread.start()

@@ -72,7 +72,7 @@ def make_shard(
 
         work = recover_prefix(plan, shard, {entry["step"]: entry for entry in before}, beside)
         sink = Sink(beside, step_done, shard_written, lambda nbytes: None)
-        run_pipeline([work], plan.dest, make, plan.memory, sink, timings)
+        run_pipeline([work], plan.dest, make, plan.memory, sink, timings, backend.pinned)
     sha256, source_sha256 = digests
     return ShardDone(entries, sha256, source_sha256, timings, tuple(backend.warnings))
 

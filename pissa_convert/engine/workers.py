@@ -58,7 +58,7 @@ class InProcess:
                 ledger.advance(len(shard.plan.source.header))
 
             sink = Sink(beside, ledger.step_done, shard_written, ledger.advance)
-            run_pipeline(remaining, plan.dest, make, plan.memory, sink, ledger.timings)
+            run_pipeline(remaining, plan.dest, make, plan.memory, sink, ledger.timings, self.backend.pinned)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -138,6 +139,9 @@ class Backend(Protocol):
         Raises:
             RequestError: its memory does not hold the largest.
         """
+
+    def pinned(self, memory: memoryview) -> AbstractContextManager[None]:
+        """Meanwhile weights lie in this memory: a device can get it ready to read from and write to."""
 
     def with_threads(self, threads: int) -> Backend:
         """Another of the same kind, which may split while this one does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pissa_convert import _core
@@ -65,6 +66,10 @@ class NativeBackend:
     def at_once(self, specs: Iterable[SplitSpec]) -> int:
         """See `Backend.at_once`: one for each thread."""
         return self._threads
+
+    def pinned(self, memory: memoryview) -> AbstractContextManager[None]:
+        """See `Backend.pinned`: there is nothing to do."""
+        return nullcontext()
 
     def with_threads(self, threads: int) -> NativeBackend:
         """See `Backend.with_threads`."""
