@@ -145,12 +145,14 @@ class Splitter {
     return pissa::frobenius_norm(kernels_, pool_, weight);
   }
 
-  double nuclear_norm(const py::buffer& values, std::size_t rows, std::size_t cols, const std::string& dtype) {
+  std::pair<double, bool> nuclear_norm(const py::buffer& values, std::size_t rows, std::size_t cols,
+                                       const std::string& dtype) {
     if (values_in(values, dtype) != rows * cols) throw std::invalid_argument("values must be rows × cols");
     const pissa::Weight weight{values.request().ptr, parse_dtype(dtype), rows, cols};
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
-    return pissa::nuclear_norm(kernels_, pool_, weight);
+    const pissa::NuclearNorm norm = pissa::nuclear_norm(kernels_, pool_, weight);
+    return {norm.value, norm.estimated};
   }
 
   // What the file keeps of the statistics: in 8 bits where there is a place for `nested_absmax`, else as they are.
@@ -283,6 +285,12 @@ PYBIND11_MODULE(_core, m) {
       .def("copy", [](const pissa::Sha256& digest) { return digest; })
       .def_static("available", &pissa::Sha256::available);
   m.def("update_both", &update_both, py::arg("first"), py::arg("a"), py::arg("second"), py::arg("b"));
+  m.def(
+      "nuclear_norm_workspace_bytes",
+      [](std::size_t rows, std::size_t cols, unsigned threads) {
+        return pissa::nuclear_norm_workspace_bytes({nullptr, pissa::DType::f32, rows, cols}, threads);
+      },
+      py::arg("rows"), py::arg("cols"), py::arg("threads"));
   m.def("code_values", [](const std::string& code) {
     const auto& values = code_named(code).values;
     return std::vector<float>(std::begin(values), std::end(values));

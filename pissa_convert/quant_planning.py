@@ -11,7 +11,7 @@ from pathlib import Path
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.checkpoint import open_checkpoint
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.linalg import Backend, FourBitSpec, SplitSpec
+from pissa_convert.linalg import FourBitSpec, QuantisingBackend, SplitSpec
 from pissa_convert.memory import Widths, plan_memory
 from pissa_convert.options import QuantOptions, RunOptions
 from pissa_convert.planning import check_destination, check_not_residual, check_rank, plan_adapter, split_spec
@@ -28,7 +28,7 @@ def plan_quantised(
     dest: str | os.PathLike[str],
     options: QuantOptions,
     run: RunOptions,
-    backend: Backend,
+    backend: QuantisingBackend,
 ) -> QuantPlan:
     """Read the headers of `source` and decide everything.
 
@@ -119,14 +119,18 @@ def _treatment(
     return Treatment(form, decision.fan_in_fan_out, specs.get(tensor.name), slots.get(tensor.name, ()))
 
 
-def _workspace(shards: Iterable[ShardPlan], backend: Backend, widths: Widths) -> int:
+def _workspace(shards: Iterable[ShardPlan], backend: QuantisingBackend, widths: Widths) -> int:
     """Bytes that the lanes take beside the steps' buffers."""
 
     def lane(step: Quantise, threads: int) -> int:
         treatment = step.treatment
         split = treatment.split
-        own = 0 if split is None else backend.workspace_bytes(replace(split, dtype="F32"), threads)
-        return own + workspace_bytes(split, treatment.format)
+        form = treatment.format
+        if split is None:
+            return workspace_bytes(None, form)
+        own = backend.workspace_bytes(replace(split, dtype="F32"), threads)
+        norm = backend.nuclear_norm_workspace_bytes(form.rows, form.cols, threads)
+        return max(own, norm) + workspace_bytes(split, form)
 
     steps = (step for shard in shards for step in shard.steps if isinstance(step, Quantise))
     return widths.total((step.nbytes, partial(lane, step)) for step in steps)

@@ -65,6 +65,7 @@ class QuantStats:
             "nuclear_norm": Fixed(self.nuclear),
             "plain_nuclear_norm": Fixed(self.plain_nuclear),
             "reduction": Fixed(self.reduction),
+            "estimated": FixedCount(int(self.estimated)),
         }
         if compared:
             entry |= {

