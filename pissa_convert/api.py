@@ -17,17 +17,17 @@ from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
 from pissa_convert.engine.workers import InProcess, Workers
 from pissa_convert.errors import RequestError
-from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
-from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.linalg.native import usable_cpus
-from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.matrix import Split, split
-from pissa_convert.merge_plan import MergePlan
 from pissa_convert.options import RunOptions
-from pissa_convert.planning import Plan
-from pissa_convert.quant_plan import QuantPlan
+from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.lora_plan import LoraPlan
+from pissa_convert.plans.merge_plan import MergePlan
+from pissa_convert.plans.quant_plan import QuantPlan
+from pissa_convert.plans.requests import AnyPlan, choose_backend, plan_request
+from pissa_convert.plans.split_plan import Plan
 from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, QuantReport, Report
-from pissa_convert.requests import AnyPlan, choose_backend, plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
 

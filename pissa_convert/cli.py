@@ -238,7 +238,7 @@ def _run(given: dict[str, Any]) -> None:
         raise RequestError("--source goes with --verify", fix="give SOURCE and DEST without it to convert")
     only_plan, quiet, log = (given.pop(name, None) for name in ("plan", "quiet", "log_json"))
     overwrite = given.pop("overwrite", False)
-    from pissa_convert.targets import parse_targets
+    from pissa_convert.plans.targets import parse_targets
 
     for name in ("target_modules", "exclude_modules"):
         if name in given:

@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from pissa_convert import convert
-from pissa_convert.gguf_names import KEPT, PERMUTED
+from pissa_convert.plans.gguf.names import KEPT, PERMUTED
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),

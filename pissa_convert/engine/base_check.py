@@ -19,10 +19,10 @@ from pissa_convert.formats.adapter import CONFIG_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder, open_adapter
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.init_planning import split_manifest
-from pissa_convert.merge_changes import pairs_of
-from pissa_convert.merge_plan import MergePlan
-from pissa_convert.planning import ADAPTER_FOLDER
+from pissa_convert.plans.init_planning import split_manifest
+from pissa_convert.plans.merge_changes import pairs_of
+from pissa_convert.plans.merge_plan import MergePlan
+from pissa_convert.plans.split_plan import ADAPTER_FOLDER
 from pissa_convert.transforms.delta import UNRELATED, Array, Product, difference
 from pissa_convert.transforms.repetition import REPEATED, distance_from_part
 

@@ -11,8 +11,8 @@ from pissa_convert.engine.factors import FactorFile
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import AdapterFolder
 from pissa_convert.formats.gguf_types import TYPES
-from pissa_convert.gguf_adapter import AdaptedTensor
-from pissa_convert.gguf_model import BaseGguf
+from pissa_convert.plans.gguf.adapter import AdaptedTensor
+from pissa_convert.plans.gguf.model import BaseGguf
 from pissa_convert.transforms.delta import Array, Product
 from pissa_convert.transforms.ggml import can_decode, decode
 from pissa_convert.transforms.repetition import REPEATED, distance_from_part

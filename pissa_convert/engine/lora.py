@@ -27,9 +27,9 @@ from pissa_convert.errors import ConversionError, RequestError
 from pissa_convert.formats.adapter import WEIGHTS_NAME
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
 from pissa_convert.linalg import Backend
-from pissa_convert.lora_plan import INIT_WEIGHTS, LoraPlan, Module, ModuleResult, lora_manifest
-from pissa_convert.lora_planning import choose_ranks
 from pissa_convert.memory import chunks, peak_resident_bytes
+from pissa_convert.plans.lora_plan import INIT_WEIGHTS, LoraPlan, Module, ModuleResult, lora_manifest
+from pissa_convert.plans.lora_planning import choose_ranks
 from pissa_convert.report import LoraReport, Timings
 from pissa_convert.transforms.delta import UNRELATED
 from pissa_convert.transforms.lora import ModuleInput, new_factors, wanted_rank

@@ -20,8 +20,8 @@ from pissa_convert.formats.bitsandbytes import unpack
 from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.linalg import Backend, Quantiser
 from pissa_convert.memory import peak_resident_bytes
-from pissa_convert.merge_plan import MergePlan
-from pissa_convert.merge_steps import Dequantise, Merge, Target
+from pissa_convert.plans.merge_plan import MergePlan
+from pissa_convert.plans.merge_steps import Dequantise, Merge, Target
 from pissa_convert.report import MergeReport
 from pissa_convert.transforms.merge import WIDTHS, Addition, Array, MergeStats, merge_rows, transposed
 

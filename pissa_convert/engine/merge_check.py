@@ -17,9 +17,9 @@ from pissa_convert.errors import FormatError, PissaError
 from pissa_convert.formats.manifest import FileRecord, Manifest
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.memory import chunks
-from pissa_convert.merge_plan import MergePlan
-from pissa_convert.merge_steps import Dequantise, Merge
-from pissa_convert.steps import Copy, ShardPlan
+from pissa_convert.plans.merge_plan import MergePlan
+from pissa_convert.plans.merge_steps import Dequantise, Merge
+from pissa_convert.plans.steps import Copy, ShardPlan
 from pissa_convert.transforms.check import same_bytes, widened
 
 _TOLERANCE = 1.01

@@ -15,9 +15,9 @@ from pissa_convert.errors import FormatError, PissaError
 from pissa_convert.formats.bitsandbytes import unpack
 from pissa_convert.formats.manifest import Manifest
 from pissa_convert.memory import chunks
-from pissa_convert.quant_plan import QuantPlan
-from pissa_convert.quant_steps import Quantise
-from pissa_convert.steps import Copy, ShardPlan
+from pissa_convert.plans.quant_plan import QuantPlan
+from pissa_convert.plans.quant_steps import Quantise
+from pissa_convert.plans.steps import Copy, ShardPlan
 from pissa_convert.transforms.check import read_back, same_bytes, widened
 
 _TOLERANCE = 1.01

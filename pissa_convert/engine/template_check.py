@@ -16,10 +16,10 @@ from pissa_convert.engine.model_rows import ModelRows
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.gguf_types import TYPES
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.gguf_model import BaseGguf
-from pissa_convert.gguf_names import Layout
-from pissa_convert.gguf_origins import Origin, as_rows, kinds_of
-from pissa_convert.gguf_planning import check_decodable
+from pissa_convert.plans.gguf.model import BaseGguf
+from pissa_convert.plans.gguf.names import Layout
+from pissa_convert.plans.gguf.origins import Origin, as_rows, kinds_of
+from pissa_convert.plans.gguf.planning import check_decodable
 from pissa_convert.transforms.ggml import Array, decode
 
 _SAMPLE = 1 << 16

@@ -19,15 +19,15 @@ from pissa_convert.formats.adapter import WEIGHTS_NAME
 from pissa_convert.formats.checkpoint import check_inside
 from pissa_convert.formats.manifest import FileRecord, Manifest
 from pissa_convert.formats.model_card import CARD_NAME
-from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
-from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.init_planning import stored_init
 from pissa_convert.linalg.native import NativeBackend
-from pissa_convert.merge_plan import ADAPTER_PREFIX
-from pissa_convert.merge_planning import plan_merge
 from pissa_convert.options import RunOptions, merge_options, quant_options
-from pissa_convert.planning import ADAPTER_FOLDER
-from pissa_convert.quant_planning import plan_quantised
+from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.init_planning import stored_init
+from pissa_convert.plans.merge_plan import ADAPTER_PREFIX
+from pissa_convert.plans.merge_planning import plan_merge
+from pissa_convert.plans.quant_planning import plan_quantised
+from pissa_convert.plans.split_plan import ADAPTER_FOLDER
 
 Finding = tuple[list[PissaError], list[float]]
 """What differs, and measured relative errors."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.bitsandbytes import fill
 from pissa_convert.linalg import FourBit, FourBitSpec, QuantisingBackend, SplitSpec
-from pissa_convert.quant_stats import QuantStats
-from pissa_convert.quant_steps import Quantise
+from pissa_convert.plans.quant_stats import QuantStats
+from pissa_convert.plans.quant_steps import Quantise
 from pissa_convert.transforms.alternate import alternate, loftq
 from pissa_convert.transforms.merge import transposed
 

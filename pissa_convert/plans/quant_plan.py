@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pissa_convert import __version__
-from pissa_convert.fingerprint import fingerprint
 from pissa_convert.formats.bitsandbytes import quantization_config
 from pissa_convert.formats.checkpoint import INDEX_NAME, Checkpoint
 from pissa_convert.formats.manifest import (
@@ -27,11 +26,12 @@ from pissa_convert.formats.quant_card import quantised_card
 from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.memory import MemoryPlan
 from pissa_convert.options import QuantOptions
-from pissa_convert.planning import ADAPTER_CONFIG, AdapterPlan
-from pissa_convert.quant_stats import QuantStats
-from pissa_convert.quant_steps import Quantise
-from pissa_convert.steps import ShardPlan
-from pissa_convert.targets import Decision
+from pissa_convert.plans.fingerprint import fingerprint
+from pissa_convert.plans.quant_stats import QuantStats
+from pissa_convert.plans.quant_steps import Quantise
+from pissa_convert.plans.split_plan import ADAPTER_CONFIG, AdapterPlan
+from pissa_convert.plans.steps import ShardPlan
+from pissa_convert.plans.targets import Decision
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,22 @@ from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter import CONFIG_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder, open_adapter
 from pissa_convert.formats.checkpoint import open_checkpoint
-from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
-from pissa_convert.gguf_adapter_planning import plan_gguf_adapter, target_from, target_of
-from pissa_convert.gguf_merging import plan_gguf_merge
-from pissa_convert.gguf_model import open_base
-from pissa_convert.gguf_names import layout_of
-from pissa_convert.gguf_options import ADAPTER_TYPES, MERGED_TYPES, MODEL_TYPES, GgufSplitOptions, gguf_options
-from pissa_convert.gguf_origins import find_origins
-from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_planning import plan_gguf_model
-from pissa_convert.gguf_splitting import plan_gguf_split
-from pissa_convert.init_planning import split_manifest, stored_init
 from pissa_convert.linalg import Backend
-from pissa_convert.lora_plan import LoraPlan
-from pissa_convert.lora_planning import plan_lora
 from pissa_convert.options import RunOptions, lora_options, split_options
-from pissa_convert.targets import refuse_quantised
+from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+from pissa_convert.plans.gguf.adapter_planning import plan_gguf_adapter, target_from, target_of
+from pissa_convert.plans.gguf.merging import plan_gguf_merge
+from pissa_convert.plans.gguf.model import open_base
+from pissa_convert.plans.gguf.names import layout_of
+from pissa_convert.plans.gguf.options import ADAPTER_TYPES, MERGED_TYPES, MODEL_TYPES, GgufSplitOptions, gguf_options
+from pissa_convert.plans.gguf.origins import find_origins
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.gguf.planning import plan_gguf_model
+from pissa_convert.plans.gguf.splitting import plan_gguf_split
+from pissa_convert.plans.init_planning import split_manifest, stored_init
+from pissa_convert.plans.lora_plan import LoraPlan
+from pissa_convert.plans.lora_planning import plan_lora
+from pissa_convert.plans.targets import refuse_quantised
 
 _DELTA = ("rank", "tolerance", "uniform_rank")
 

@@ -11,21 +11,21 @@ from typing import Any, cast
 from pissa_convert.engine.base_check import check_base
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import open_adapter
-from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
-from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_requests import is_gguf, plan_merged_gguf, plan_split_gguf, plan_to_gguf
-from pissa_convert.init_planning import derived_init, stored_init
 from pissa_convert.linalg import Backend, QuantisingBackend
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.linalg.select import select_backend
-from pissa_convert.lora_plan import LoraPlan
-from pissa_convert.lora_planning import plan_lora
-from pissa_convert.merge_plan import MergePlan
-from pissa_convert.merge_planning import plan_merge
 from pissa_convert.options import QUANT_OPTIONS, RunOptions, lora_options, merge_options, quant_options, split_options
-from pissa_convert.planning import Plan, make_plan
-from pissa_convert.quant_plan import QuantPlan
-from pissa_convert.quant_planning import plan_quantised
+from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.gguf.requests import is_gguf, plan_merged_gguf, plan_split_gguf, plan_to_gguf
+from pissa_convert.plans.init_planning import derived_init, stored_init
+from pissa_convert.plans.lora_plan import LoraPlan
+from pissa_convert.plans.lora_planning import plan_lora
+from pissa_convert.plans.merge_plan import MergePlan
+from pissa_convert.plans.merge_planning import plan_merge
+from pissa_convert.plans.quant_plan import QuantPlan
+from pissa_convert.plans.quant_planning import plan_quantised
+from pissa_convert.plans.split_plan import Plan, make_plan
 
 AnyPlan = Plan | QuantPlan | LoraPlan | MergePlan | GgufAdapterPlan | GgufPlan
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pissa_convert.architectures import read_architecture
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.checkpoint import Checkpoint
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.gguf_model import BaseGguf
-from pissa_convert.gguf_names import ONE_MORE, Home, Layout
-from pissa_convert.targets import SPLITTABLE
+from pissa_convert.plans.architectures import read_architecture
+from pissa_convert.plans.gguf.model import BaseGguf
+from pissa_convert.plans.gguf.names import ONE_MORE, Home, Layout
+from pissa_convert.plans.targets import SPLITTABLE
 
 _COMPUTED = re.compile(r"rope_freqs\.weight|(blk\.\d+\.)?rope_factors_(long|short)\.weight")
 """Tensors of a GGUF that its converter works out of the config; they stay the template's."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from pissa_convert.formats.adapter_folder import Pair
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo
-from pissa_convert.quantised_source import StoredWeight
-from pissa_convert.steps import Step, align, steps_of
+from pissa_convert.plans.quantised_source import StoredWeight
+from pissa_convert.plans.steps import Step, align, steps_of
 from pissa_convert.transforms.merge import WIDTHS, MergeStats
 
 BLOCK = 16 << 20

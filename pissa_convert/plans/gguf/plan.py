@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pissa_convert.fingerprint import fingerprint
 from pissa_convert.formats.adapter_folder import AdapterFolder
 from pissa_convert.formats.manifest import (
     FileRecord,
@@ -19,14 +18,15 @@ from pissa_convert.formats.manifest import (
     render_manifest,
     sizes_of,
 )
-from pissa_convert.gguf_model import BaseGguf
-from pissa_convert.gguf_options import GgufOptions, GgufSplitOptions
-from pissa_convert.gguf_steps import Encode, GgufSplit
-from pissa_convert.gguf_usage import usage
 from pissa_convert.linalg import SplitStats
 from pissa_convert.memory import MemoryPlan
-from pissa_convert.steps import Copy, ShardPlan
-from pissa_convert.targets import Decision
+from pissa_convert.plans.fingerprint import fingerprint
+from pissa_convert.plans.gguf.model import BaseGguf
+from pissa_convert.plans.gguf.options import GgufOptions, GgufSplitOptions
+from pissa_convert.plans.gguf.steps import Encode, GgufSplit
+from pissa_convert.plans.gguf.usage import usage
+from pissa_convert.plans.steps import Copy, ShardPlan
+from pissa_convert.plans.targets import Decision
 from pissa_convert.transforms.merge import MergeStats
 
 

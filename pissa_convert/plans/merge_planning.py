@@ -7,20 +7,20 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from pissa_convert.architectures import read_architecture
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import open_adapter
 from pissa_convert.formats.checkpoint import Checkpoint, open_checkpoint
 from pissa_convert.formats.safetensors import SafetensorsFile, lay_out
 from pissa_convert.memory import Widths, plan_memory
-from pissa_convert.merge_changes import HEAD, Changes, find_changes
-from pissa_convert.merge_plan import HEAD_FILE, TWO_FILES, HeadFile, MergePlan, new_dtype, shard_tensors
-from pissa_convert.merge_steps import Change, Dequantise, Target, Treatment, merge_steps
 from pissa_convert.options import MergeOptions, RunOptions
-from pissa_convert.planning import check_destination
-from pissa_convert.quantised_source import StoredWeight, as_matrices, quantised_manifest
-from pissa_convert.steps import ShardPlan, changes_of, flights
-from pissa_convert.targets import refuse_quantised
+from pissa_convert.plans.architectures import read_architecture
+from pissa_convert.plans.merge_changes import HEAD, Changes, find_changes
+from pissa_convert.plans.merge_plan import HEAD_FILE, TWO_FILES, HeadFile, MergePlan, new_dtype, shard_tensors
+from pissa_convert.plans.merge_steps import Change, Dequantise, Target, Treatment, merge_steps
+from pissa_convert.plans.quantised_source import StoredWeight, as_matrices, quantised_manifest
+from pissa_convert.plans.split_plan import check_destination
+from pissa_convert.plans.steps import ShardPlan, changes_of, flights
+from pissa_convert.plans.targets import refuse_quantised
 
 _SCRATCH = 8 << 20
 """Bytes of float32 arrays that a lane works with."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pissa_convert import __version__
-from pissa_convert.fingerprint import fingerprint
 from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder, Pair
 from pissa_convert.formats.lora_card import lora_card, lora_config
@@ -25,9 +24,10 @@ from pissa_convert.formats.manifest import (
 )
 from pissa_convert.formats.model_card import CARD_NAME
 from pissa_convert.formats.safetensors import TensorInfo, lay_out
-from pissa_convert.init_planning import Init
 from pissa_convert.memory import MemoryPlan
 from pissa_convert.options import ADAPTER_DTYPES, LoraOptions
+from pissa_convert.plans.fingerprint import fingerprint
+from pissa_convert.plans.init_planning import Init
 from pissa_convert.transforms.delta import exact_rank
 
 INIT_WEIGHTS = f"init/{WEIGHTS_NAME}"

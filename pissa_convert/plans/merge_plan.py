@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pissa_convert import __version__
-from pissa_convert.fingerprint import fingerprint
 from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder
 from pissa_convert.formats.checkpoint import INDEX_NAME, Checkpoint
@@ -26,13 +25,14 @@ from pissa_convert.formats.merged_texts import merged_card, merged_config, merge
 from pissa_convert.formats.model_card import CARD_NAME
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo, lay_out
 from pissa_convert.memory import MemoryPlan
-from pissa_convert.merge_changes import HEAD, Changes
-from pissa_convert.merge_steps import Change, Dequantise, Merge
 from pissa_convert.options import ADAPTER_DTYPES, MergeOptions
-from pissa_convert.planning import ADAPTER_FOLDER
-from pissa_convert.quantised_source import is_stored_plainly
-from pissa_convert.steps import ShardPlan
-from pissa_convert.targets import SPLITTABLE
+from pissa_convert.plans.fingerprint import fingerprint
+from pissa_convert.plans.merge_changes import HEAD, Changes
+from pissa_convert.plans.merge_steps import Change, Dequantise, Merge
+from pissa_convert.plans.quantised_source import is_stored_plainly
+from pissa_convert.plans.split_plan import ADAPTER_FOLDER
+from pissa_convert.plans.steps import ShardPlan
+from pissa_convert.plans.targets import SPLITTABLE
 from pissa_convert.transforms.merge import MergeStats
 
 HEAD_FILE = "model-head.safetensors"

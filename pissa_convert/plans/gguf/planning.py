@@ -12,15 +12,15 @@ from pissa_convert.formats.checkpoint import Checkpoint
 from pissa_convert.formats.gguf import STRING, UINT32, GgufFile, encode_pair, lay_out
 from pissa_convert.formats.gguf_types import PLAIN, TYPES
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.gguf_adapter_planning import file_dest
-from pissa_convert.gguf_model import RESIDUAL_MARK, BaseGguf
-from pissa_convert.gguf_options import KEEPING, GgufOptions
-from pissa_convert.gguf_origins import Origin
-from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_steps import VALUES, Encode, Treatment, encode_steps, gguf_steps
 from pissa_convert.memory import Widths, plan_memory
 from pissa_convert.options import RunOptions
-from pissa_convert.steps import ShardPlan, Step, changes_of, flights
+from pissa_convert.plans.gguf.adapter_planning import file_dest
+from pissa_convert.plans.gguf.model import RESIDUAL_MARK, BaseGguf
+from pissa_convert.plans.gguf.options import KEEPING, GgufOptions
+from pissa_convert.plans.gguf.origins import Origin
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.gguf.steps import VALUES, Encode, Treatment, encode_steps, gguf_steps
+from pissa_convert.plans.steps import ShardPlan, Step, changes_of, flights
 from pissa_convert.transforms.ggml import can_decode, check_encodable
 
 WORKSPACE = 8 * 4 * VALUES

@@ -9,8 +9,8 @@ from typing import Any
 from pissa_convert.formats.bitsandbytes import Tensor, stored_tensors
 from pissa_convert.formats.safetensors import SafetensorsFile, TensorInfo, lay_out
 from pissa_convert.linalg import FourBitSpec, SplitSpec
-from pissa_convert.quant_stats import QuantStats
-from pissa_convert.steps import Step, align, steps_of
+from pissa_convert.plans.quant_stats import QuantStats
+from pissa_convert.plans.steps import Step, align, steps_of
 
 
 @dataclass(frozen=True)

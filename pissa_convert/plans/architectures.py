@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from pissa_convert.naming import Rename, architecture_name, model_types, renaming
+from pissa_convert.plans.naming import Rename, architecture_name, model_types, renaming
 
 
 class Kind(str, Enum):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pissa_convert.errors import RequestError
-from pissa_convert.gguf_model import BaseGguf, config_value
+from pissa_convert.plans.gguf.model import BaseGguf, config_value
 
 PERMUTED = frozenset(("arcee", "granite", "llama", "olmo", "smollm3"))
 """Architectures whose q and k are permuted."""

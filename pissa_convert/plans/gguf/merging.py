@@ -7,17 +7,17 @@ from functools import partial
 
 from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder
-from pissa_convert.gguf_adapter import place_adapter
-from pissa_convert.gguf_adapter_planning import check_known, file_dest, target_of
-from pissa_convert.gguf_model import BaseGguf
-from pissa_convert.gguf_options import GgufOptions
-from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_planning import WORKSPACE, check_decodable, chosen_type, shard_of, workspace
-from pissa_convert.gguf_steps import Treatment
 from pissa_convert.memory import plan_memory
-from pissa_convert.merge_plan import ADAPTER_PREFIX
 from pissa_convert.options import RunOptions
-from pissa_convert.steps import flights
+from pissa_convert.plans.gguf.adapter import place_adapter
+from pissa_convert.plans.gguf.adapter_planning import check_known, file_dest, target_of
+from pissa_convert.plans.gguf.model import BaseGguf
+from pissa_convert.plans.gguf.options import GgufOptions
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.gguf.planning import WORKSPACE, check_decodable, chosen_type, shard_of, workspace
+from pissa_convert.plans.gguf.steps import Treatment
+from pissa_convert.plans.merge_plan import ADAPTER_PREFIX
+from pissa_convert.plans.steps import flights
 
 
 def plan_gguf_merge(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from pissa_convert.architectures import Architecture, Kind, kind_of, read_architecture
 from pissa_convert.errors import RequestError
+from pissa_convert.plans.architectures import Architecture, Kind, kind_of, read_architecture
 
 ALL_LINEAR = "all-linear"
 SPLITTABLE = ("BF16", "F16", "F32")

@@ -10,14 +10,14 @@ from pathlib import Path
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import AdapterFolder
 from pissa_convert.formats.strict_json import read_object
-from pissa_convert.gguf_adapter import Target, place_adapter
-from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
-from pissa_convert.gguf_model import BaseGguf
-from pissa_convert.gguf_names import APPLIES_ADAPTERS, Layout, layout_from_config, layout_of
-from pissa_convert.gguf_options import GgufOptions
-from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.memory import plan_memory
 from pissa_convert.options import RunOptions
+from pissa_convert.plans.gguf.adapter import Target, place_adapter
+from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+from pissa_convert.plans.gguf.model import BaseGguf
+from pissa_convert.plans.gguf.names import APPLIES_ADAPTERS, Layout, layout_from_config, layout_of
+from pissa_convert.plans.gguf.options import GgufOptions
+from pissa_convert.plans.lora_plan import LoraPlan
 
 _MAX_CONFIG = 16_000_000
 

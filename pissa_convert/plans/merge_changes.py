@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from pissa_convert.architectures import Architecture, Kind, kind_of
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter import PREFIX
 from pissa_convert.formats.adapter_folder import AdapterFolder, Pair
 from pissa_convert.formats.checkpoint import Checkpoint
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.merge_steps import Change
-from pissa_convert.naming import has_head
-from pissa_convert.targets import SPLITTABLE
+from pissa_convert.plans.architectures import Architecture, Kind, kind_of
+from pissa_convert.plans.merge_steps import Change
+from pissa_convert.plans.naming import has_head
+from pissa_convert.plans.targets import SPLITTABLE
 
 HEAD = "lm_head.weight"
 

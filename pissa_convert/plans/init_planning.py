@@ -15,9 +15,9 @@ from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, 
 from pissa_convert.formats.safetensors import TensorInfo, lay_out
 from pissa_convert.linalg import SplitSpec
 from pissa_convert.options import SplitOptions, split_options
-from pissa_convert.planning import ADAPTER_FOLDER, split_spec
-from pissa_convert.quant_stats import overall
-from pissa_convert.targets import Action, decide
+from pissa_convert.plans.quant_stats import overall
+from pissa_convert.plans.split_plan import ADAPTER_FOLDER, split_spec
+from pissa_convert.plans.targets import Action, decide
 
 _RECORD = f"{ADAPTER_FOLDER}/{WEIGHTS_NAME}"
 _SPLITS = ("pissa", "qpissa")

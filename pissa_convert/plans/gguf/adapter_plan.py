@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pissa_convert.fingerprint import fingerprint
 from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder
 from pissa_convert.formats.gguf import FLOAT32, STRING, encode_pair, lay_out, padded
@@ -24,11 +23,12 @@ from pissa_convert.formats.manifest import (
     sizes_of,
 )
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.gguf_adapter import AdaptedTensor, Target
-from pissa_convert.gguf_options import GgufOptions
-from pissa_convert.gguf_usage import usage
-from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.memory import MemoryPlan
+from pissa_convert.plans.fingerprint import fingerprint
+from pissa_convert.plans.gguf.adapter import AdaptedTensor, Target
+from pissa_convert.plans.gguf.options import GgufOptions
+from pissa_convert.plans.gguf.usage import usage
+from pissa_convert.plans.lora_plan import LoraPlan
 
 ALIGNMENT = 32
 

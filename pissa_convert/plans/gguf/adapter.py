@@ -14,7 +14,7 @@ import numpy as np
 
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import AdapterFolder, Pair
-from pissa_convert.gguf_names import Home, Layout, permute
+from pissa_convert.plans.gguf.names import Home, Layout, permute
 from pissa_convert.transforms.delta import Array, Product
 
 _INSTEAD = "merge it into the model's own folder with --to merged, and convert what comes out with --to gguf"

@@ -9,10 +9,10 @@ from typing import Any
 from pissa_convert.formats.gguf import GgufFile, padded
 from pissa_convert.formats.gguf_types import TYPES
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.gguf_adapter import AdaptedTensor
-from pissa_convert.gguf_origins import Origin, as_rows
 from pissa_convert.linalg import SplitSpec, SplitStats
-from pissa_convert.steps import Change, Step, align, steps_of
+from pissa_convert.plans.gguf.adapter import AdaptedTensor
+from pissa_convert.plans.gguf.origins import Origin, as_rows
+from pissa_convert.plans.steps import Change, Step, align, steps_of
 from pissa_convert.transforms.merge import MergeStats
 
 VALUES = 1 << 20

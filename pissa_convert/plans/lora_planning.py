@@ -9,11 +9,11 @@ from pathlib import Path
 from pissa_convert.errors import FormatError, RequestError
 from pissa_convert.formats.adapter_folder import AdapterFolder, Pair
 from pissa_convert.formats.checkpoint import check_inside
-from pissa_convert.init_planning import Init
-from pissa_convert.lora_plan import COMPANIONS, LoraPlan, Module
 from pissa_convert.memory import plan_memory
 from pissa_convert.options import LoraOptions, RunOptions
-from pissa_convert.planning import check_destination
+from pissa_convert.plans.init_planning import Init
+from pissa_convert.plans.lora_plan import COMPANIONS, LoraPlan, Module
+from pissa_convert.plans.split_plan import check_destination
 
 
 def plan_lora(

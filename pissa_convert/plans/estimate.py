@@ -12,16 +12,16 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pissa_convert.formats.gguf_types import TYPES
-from pissa_convert.gguf_options import GgufSplitOptions
-from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_steps import Encode, GgufSplit
 from pissa_convert.linalg import Backend, FourBitSpec, SplitSpec
 from pissa_convert.linalg.native import NativeBackend
-from pissa_convert.lora_plan import LoraPlan
-from pissa_convert.merge_plan import MergePlan
-from pissa_convert.merge_steps import Dequantise
-from pissa_convert.planning import Plan
-from pissa_convert.quant_plan import QuantPlan
+from pissa_convert.plans.gguf.options import GgufSplitOptions
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.gguf.steps import Encode, GgufSplit
+from pissa_convert.plans.lora_plan import LoraPlan
+from pissa_convert.plans.merge_plan import MergePlan
+from pissa_convert.plans.merge_steps import Dequantise
+from pissa_convert.plans.quant_plan import QuantPlan
+from pissa_convert.plans.split_plan import Plan
 from pissa_convert.transforms.delta import Product, decompose
 from pissa_convert.transforms.ggml import can_encode, decode, store
 from pissa_convert.transforms.merge import Addition, merge_rows

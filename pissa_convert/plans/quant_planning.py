@@ -14,12 +14,12 @@ from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.linalg import FourBitSpec, QuantisingBackend, SplitSpec
 from pissa_convert.memory import Widths, plan_memory
 from pissa_convert.options import QuantOptions, RunOptions
-from pissa_convert.planning import check_destination, check_not_residual, check_rank, plan_adapter, split_spec
-from pissa_convert.quant_plan import QuantPlan
-from pissa_convert.quant_steps import Quantise, Treatment, lay_out_shard, quant_steps
-from pissa_convert.quant_targets import decide_plain, kept_whole, skipped_modules
-from pissa_convert.steps import ShardPlan, flights
-from pissa_convert.targets import Action, Decision, decide
+from pissa_convert.plans.quant_plan import QuantPlan
+from pissa_convert.plans.quant_steps import Quantise, Treatment, lay_out_shard, quant_steps
+from pissa_convert.plans.quant_targets import decide_plain, kept_whole, skipped_modules
+from pissa_convert.plans.split_plan import check_destination, check_not_residual, check_rank, plan_adapter, split_spec
+from pissa_convert.plans.steps import ShardPlan, flights
+from pissa_convert.plans.targets import Action, Decision, decide
 from pissa_convert.transforms.alternate import workspace_bytes
 
 

@@ -12,20 +12,20 @@ from pissa_convert.formats.gguf import lay_out as lay_out_gguf
 from pissa_convert.formats.gguf import padded
 from pissa_convert.formats.gguf_types import PLAIN, TYPES
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.gguf_adapter_plan import ALIGNMENT, adapter_pairs
-from pissa_convert.gguf_adapter_planning import check_applied
-from pissa_convert.gguf_model import RESIDUAL_MARK, BaseGguf
-from pissa_convert.gguf_names import block_kind
-from pissa_convert.gguf_options import GgufSplitOptions
-from pissa_convert.gguf_plan import AdapterFile, GgufPlan
-from pissa_convert.gguf_planning import WORKSPACE, check_decodable, chosen_type, new_header
-from pissa_convert.gguf_steps import GgufSplit, Treatment, encode_steps, gguf_steps
 from pissa_convert.linalg import Backend, SplitSpec, tensor_key
 from pissa_convert.memory import Widths, plan_memory
 from pissa_convert.options import ADAPTER_DTYPES, RunOptions
-from pissa_convert.planning import check_destination
-from pissa_convert.steps import Change, ShardPlan, changes_of, flights
-from pissa_convert.targets import ALL_LINEAR, Action, Decision, matcher
+from pissa_convert.plans.gguf.adapter_plan import ALIGNMENT, adapter_pairs
+from pissa_convert.plans.gguf.adapter_planning import check_applied
+from pissa_convert.plans.gguf.model import RESIDUAL_MARK, BaseGguf
+from pissa_convert.plans.gguf.names import block_kind
+from pissa_convert.plans.gguf.options import GgufSplitOptions
+from pissa_convert.plans.gguf.plan import AdapterFile, GgufPlan
+from pissa_convert.plans.gguf.planning import WORKSPACE, check_decodable, chosen_type, new_header
+from pissa_convert.plans.gguf.steps import GgufSplit, Treatment, encode_steps, gguf_steps
+from pissa_convert.plans.split_plan import check_destination
+from pissa_convert.plans.steps import Change, ShardPlan, changes_of, flights
+from pissa_convert.plans.targets import ALL_LINEAR, Action, Decision, matcher
 from pissa_convert.transforms.ggml import check_encodable
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")

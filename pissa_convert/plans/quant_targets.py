@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pissa_convert.architectures import Kind, kind_of, read_architecture
 from pissa_convert.errors import RequestError
-from pissa_convert.naming import has_head, model_types
-from pissa_convert.targets import SPLITTABLE, Action, Decision, Tensor
+from pissa_convert.plans.architectures import Kind, kind_of, read_architecture
+from pissa_convert.plans.naming import has_head, model_types
+from pissa_convert.plans.targets import SPLITTABLE, Action, Decision, Tensor
 
 QUANTISED = "linear layer without an adapter"
 

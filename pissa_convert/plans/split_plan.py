@@ -17,7 +17,6 @@ from typing import Any
 
 from pissa_convert import __version__
 from pissa_convert.errors import RequestError
-from pissa_convert.fingerprint import fingerprint
 from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME, adapter_config, adapter_keys
 from pissa_convert.formats.checkpoint import Checkpoint, open_checkpoint
 from pissa_convert.formats.manifest import (
@@ -33,8 +32,9 @@ from pissa_convert.formats.safetensors import TensorInfo, lay_out
 from pissa_convert.linalg import Backend, SplitSpec, SplitStats, tensor_key
 from pissa_convert.memory import MemoryPlan, Widths, plan_memory
 from pissa_convert.options import ADAPTER_DTYPES, RunOptions, SplitOptions
-from pissa_convert.steps import ShardPlan, Split, flights, split_steps
-from pissa_convert.targets import Action, Decision, compact_target_modules, decide
+from pissa_convert.plans.fingerprint import fingerprint
+from pissa_convert.plans.steps import ShardPlan, Split, flights, split_steps
+from pissa_convert.plans.targets import Action, Decision, compact_target_modules, decide
 
 ADAPTER_FOLDER = "pissa_init"
 ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/{CONFIG_NAME}"
