@@ -15,7 +15,7 @@ from gguf_models import add, finish, keys_of, types_of, values_of
 from gguf_small import permuted, random_lora, small_gguf
 from safetensors.torch import save_file
 
-from pissa_convert import convert, gguf_steps, plan
+from pissa_convert import convert, plan
 from pissa_convert.cli import main
 from pissa_convert.errors import RequestError, WeightError
 from pissa_convert.formats.gguf import read_gguf
@@ -116,7 +116,7 @@ def test_many_steps_give_the_bytes_of_one(
     small: Path, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(small, tmp_path / "a.gguf", "gguf", base_gguf=template, outtype="q5_0")
-    monkeypatch.setattr(gguf_steps, "VALUES", 64 * 6)
+    monkeypatch.setattr("pissa_convert.plans.gguf.steps.VALUES", 64 * 6)
     convert(small, tmp_path / "b.gguf", "gguf", base_gguf=template, outtype="q5_0")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
