@@ -163,9 +163,14 @@ double estimate_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Wei
       now[i] = next[i] * inverse[i % kProbes];
     }
   }
-  double sum = 0;
-  for (std::size_t c = 0; c < kProbes; ++c) sum += quadrature(diagonal, beside, c);
-  return std::ldexp(sum / kProbes * static_cast<double>(rows), exponent);
+  // The probes estimate the sum of squares, too, which is known: they err alike in both.
+  double sum = 0, squares = 0;
+  for (std::size_t c = 0; c < kProbes; ++c) {
+    sum += quadrature(diagonal, beside, c);
+    squares += diagonal[0][c];
+  }
+  const double each = static_cast<double>(rows) / kProbes;
+  return sum * each * size / std::sqrt(squares * each);
 }
 
 NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {

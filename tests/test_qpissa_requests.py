@@ -38,7 +38,7 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["--quant", "int4"], "--quant is unknown: expected nf4 or fp4, found int4"),
         (["--iterations", "0"], "--iterations is out of range"),
         (["--compute-dtype", "float8"], "--compute-dtype is unknown"),
-        (["--rank", "64"], "--rank is larger than the weight allows: expected at most 24"),
+        (["--rank", "64"], "--rank is larger than the weight allows: expected at most 48"),
         (["--dtype", "float16"], "--dtype does not apply to --to qpissa"),
     ],
 )
