@@ -1,14 +1,15 @@
 """A Ray cluster: what a second worker gains, and a model of how long large models take on how many nodes.
 
-    python benchmarks/cluster.py [scaling] [model] [--folder FOLDER] [--rank 64] [--repeat 3] [--json FILE]
+    python benchmarks/cluster.py [scaling] [model] [--folder FOLDER] [--rank 64] [--disk 1] [--repeat 3]
+                                 [--json FILE]
 
 scaling  Shards of equal work on one worker of one thread and on two, each on a Ray node of one CPU, in turns, medians.
          FOLDER (default /dev/shm, so that no disk binds; 2.5 GB) holds source and result. Bar: 1.7 times.
-model    Seconds per byte of reading, writing, hashing and computing, measured here (1 GB in FOLDER, by default the
-         current one), and what follows for 70B, 405B and 1T on 1 to 64 nodes. It is arithmetic, not a measurement:
-         stages overlap, so a task takes the longest of them for its shard of 5 GB; nodes take shards in rounds; to that
-         a start is added, and the reading back of the adapter, which the driver does alone. Each node is given this
-         machine's disk to itself: a file system that they share must be as fast as all of those together.
+model    Seconds per byte of hashing and of computing at that rank, measured here, and what follows for 70B, 405B and 1T
+         on 1 to 64 nodes. It is arithmetic, not a measurement: stages overlap, so a task takes the longest of them for
+         its shard of 5 GB; nodes take shards in rounds; to that a start is added, and the reading back of the adapter,
+         which the driver does alone. Each node is given --disk GB/s (1) of the shared file system, both ways: all of
+         them together must be no more than it has.
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ from safetensors.torch import save_file
 
 from pissa_convert import convert
 from pissa_convert.engine.digest import sha256
-from pissa_convert.engine.files import PartialFile
-from pissa_convert.engine.reading import read_exactly
 from pissa_convert.linalg import SplitSpec
 from pissa_convert.linalg.native import NativeBackend
 
@@ -50,7 +49,7 @@ TASKS, THREADS = 4, 4
 """On a node at once, and each one's."""
 
 START = 15.0
-"""Seconds until the first task works: connecting, planning, starting workers."""
+"""Seconds until the first task works, assumed: connecting, planning, starting workers."""
 
 
 @contextmanager
@@ -110,40 +109,26 @@ def scaling(folder: Path, rank: int, repeat: int) -> dict[str, Any]:
     seconds = {count: median(values) for count, values in times.items()}
     ratio = seconds[1] / seconds[2]
     print(
-        f"{size / 1e9:.1f} GB, rank {rank}: {seconds[1]:.1f} s by one worker, {seconds[2]:.1f} s by two, {ratio:.2f} times"
+        f"{size / 1e9:.1f} GB, rank {rank}: one worker {seconds[1]:.1f} s, two {seconds[2]:.1f} s, {ratio:.2f} times"
     )
     return {"bytes": size, "seconds": seconds, "ratio": ratio}
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds per byte of source: of the disk by the clock, of one thread's hashing and computing by its CPU time."""
+    """Seconds per byte of source, of one thread: its CPU time, so that others on the machine do not count."""
 
-    read: float
-    write: float
     hash: float
     compute: float
 
 
-def measure(folder: Path, rank: int) -> Costs:
-    """What the engine does with a byte, piece by piece; CPU time, so that others on the machine do not count."""
-    data = memoryview(bytearray(os.urandom(1 << 24) * 64))
-    file = folder / "data"
-    started = time.perf_counter()
-    with PartialFile(file, len(data)) as partial:
-        partial.write(data, 0)
-        partial.commit()
-    write = time.perf_counter() - started
-    descriptor = os.open(file, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    started = time.perf_counter()
-    read_exactly(descriptor, 0, data, file)
-    read = time.perf_counter() - started
-    os.close(descriptor)
+def measure(rank: int) -> Costs:
+    """What the engine does with a byte."""
+    data = memoryview(bytearray(os.urandom(1 << 24) * 16))
     digest = sha256()
     started = time.thread_time()
-    digest.update(data[: 1 << 28])
-    hashing = 2 * (time.thread_time() - started) / (1 << 28)  # source and output
+    digest.update(data)
+    hashing = 2 * (time.thread_time() - started) / len(data)  # source and output
     backend, weight = NativeBackend(1), weights(torch.Generator().manual_seed(0))
     spec = SplitSpec(*weight.shape, "BF16", rank, 1.0, "F32", False, None, 0)
     a, b = bytearray(spec.factor_bytes[0]), bytearray(spec.factor_bytes[1])
@@ -153,14 +138,14 @@ def measure(folder: Path, rank: int) -> Costs:
         started = time.thread_time()
         backend.split(work, memoryview(a), memoryview(b), spec)
         seconds.append(time.thread_time() - started)
-    return Costs(read / len(data), write / len(data), hashing, min(seconds) / weight.nbytes)
+    return Costs(hashing, min(seconds) / weight.nbytes)
 
 
-def model(costs: Costs, threads: int, tasks: int) -> dict[str, dict[int, float]]:
-    """Seconds on nodes that run `tasks` tasks of so many threads each, by model and nodes."""
+def model(costs: Costs, disk: float, threads: int, tasks: int) -> dict[str, dict[int, float]]:
+    """Seconds on nodes that run `tasks` tasks of so many threads each, by model and nodes; `disk` in bytes/s."""
     # A byte of a shard in a task: the disk is shared by the node's tasks, hashing and computing are the task's own.
-    stage = max(costs.read * tasks, costs.write * tasks, costs.hash, costs.compute / threads)
-    back = 2 * ADAPTER_SHARE * costs.read
+    stage = max(tasks / disk, costs.hash, costs.compute / threads)
+    back = ADAPTER_SHARE / disk
     expected: dict[str, dict[int, float]] = {}
     for name, size in MODELS.items():
         shards = math.ceil(size / SHARD)
@@ -173,26 +158,25 @@ def model(costs: Costs, threads: int, tasks: int) -> dict[str, dict[int, float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", choices=["scaling", "model"], default=["scaling", "model"])
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--disk", type=float, default=1.0, metavar="GB/S")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     for what in arguments.what:
-        parent = arguments.folder or Path("/dev/shm" if what == "scaling" else ".")
-        folder = Path(tempfile.mkdtemp(dir=parent))
+        folder = Path(tempfile.mkdtemp(dir=arguments.folder))
         try:
             if what == "scaling":
                 results[what] = scaling(folder, arguments.rank, arguments.repeat)
                 continue
-            costs = measure(folder, arguments.rank)
+            costs = measure(arguments.rank)
             rates = ", ".join(f"{name} {1 / value / 1e9:.2f}" for name, value in vars(costs).items())
-            print(f"measured here, GB/s: {rates} (hash and compute: of one thread)")
-            print(
-                f"A MODEL computed from this, no measurement: minutes on nodes with {TASKS} tasks of {THREADS} threads"
-            )
-            table = model(costs, THREADS, TASKS)
+            print(f"measured here, GB/s of one thread: {rates}")
+            print(f"A MODEL computed from this: minutes on nodes with {TASKS} tasks of {THREADS} threads, and")
+            print(f"{arguments.disk:g} GB/s from the shared file system and as much to it for each")
+            table = model(costs, arguments.disk * 1e9, THREADS, TASKS)
             print(f"{'nodes':>6}" + "".join(f"{count:8}" for count in NODES))
             for name, row in table.items():
                 print(f"{name:>6}" + "".join(f"{seconds / 60:8.1f}" for seconds in row.values()))
