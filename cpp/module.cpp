@@ -44,13 +44,17 @@ Bytes contiguous_bytes(const py::buffer& buffer, bool writable, const char* name
   return {info.ptr, static_cast<std::size_t>(info.size * info.itemsize)};
 }
 
-void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char* name) {
-  const Bytes found = contiguous_bytes(buffer, true, name);
+void* bytes_of(const py::buffer& buffer, bool writable, std::size_t expected, const char* name) {
+  const Bytes found = contiguous_bytes(buffer, writable, name);
   if (found.count != expected) {
     throw std::invalid_argument(std::string(name) + " must be " + std::to_string(expected) + " bytes, not " +
                                 std::to_string(found.count));
   }
   return found.data;
+}
+
+void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char* name) {
+  return bytes_of(buffer, true, expected, name);
 }
 
 pissa::Sha256 new_digest() {
@@ -100,10 +104,10 @@ const pissa::FourBitCode& code_named(const std::string& code) {
   throw std::invalid_argument("code must be nf4 or fp4, not " + code);
 }
 
-pissa::FourBit four_bit(std::size_t count, const std::string& code, const py::buffer& packed,
-                        const py::buffer& absmax) {
-  return {&code_named(code), static_cast<std::uint8_t*>(writable_bytes(packed, (count + 1) / 2, "packed")),
-          static_cast<float*>(writable_bytes(absmax, 4 * pissa::four_bit_blocks(count), "absmax"))};
+pissa::FourBit four_bit(std::size_t count, const std::string& code, const py::buffer& packed, const py::buffer& absmax,
+                        bool writable) {
+  return {&code_named(code), static_cast<std::uint8_t*>(bytes_of(packed, writable, (count + 1) / 2, "packed")),
+          static_cast<float*>(bytes_of(absmax, writable, 4 * pissa::four_bit_blocks(count), "absmax"))};
 }
 
 // Threads live as long as the object: one per caller that wants to split.
@@ -141,19 +145,21 @@ class Splitter {
     return pissa::frobenius_norm(kernels_, pool_, weight);
   }
 
-  double nuclear_norm(const py::buffer& values, std::size_t rows, std::size_t cols, const std::string& dtype) {
+  std::pair<double, bool> nuclear_norm(const py::buffer& values, std::size_t rows, std::size_t cols,
+                                       const std::string& dtype) {
     if (values_in(values, dtype) != rows * cols) throw std::invalid_argument("values must be rows × cols");
     const pissa::Weight weight{values.request().ptr, parse_dtype(dtype), rows, cols};
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
-    return pissa::nuclear_norm(kernels_, pool_, weight);
+    const pissa::NuclearNorm norm = pissa::nuclear_norm(kernels_, pool_, weight);
+    return {norm.value, norm.estimated};
   }
 
   // What the file keeps of the statistics: in 8 bits where there is a place for `nested_absmax`, else as they are.
   double quantise(const py::buffer& values, const std::string& dtype, const std::string& code, const py::buffer& packed,
                   const py::buffer& absmax, const py::buffer& nested_codes, const py::buffer& nested_absmax) {
     const std::size_t count = values_in(values, dtype);
-    const pissa::FourBit to = four_bit(count, code, packed, absmax);
+    const pissa::FourBit to = four_bit(count, code, packed, absmax, true);
     const std::size_t blocks = pissa::four_bit_blocks(count);
     const bool nests = nested_codes.request().size > 0;
     auto* codes = static_cast<std::uint8_t*>(nests ? writable_bytes(nested_codes, blocks, "nested_codes") : nullptr);
@@ -172,7 +178,7 @@ class Splitter {
   void dequantise(const py::buffer& out, const std::string& dtype, const std::string& code, const py::buffer& packed,
                   const py::buffer& absmax) {
     const std::size_t count = values_in(out, dtype);
-    const pissa::FourBit stored = four_bit(count, code, packed, absmax);
+    const pissa::FourBit stored = four_bit(count, code, packed, absmax, false);
     void* to = writable_bytes(out, count * size_of(parse_dtype(dtype)), "out");
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -182,7 +188,7 @@ class Splitter {
   void subtract_stored(const py::buffer& weight, const py::buffer& out, const std::string& dtype,
                        const std::string& code, const py::buffer& packed, const py::buffer& absmax) {
     const std::size_t count = values_in(weight, dtype);
-    const pissa::FourBit stored = four_bit(count, code, packed, absmax);
+    const pissa::FourBit stored = four_bit(count, code, packed, absmax, false);
     const void* from = weight.request().ptr;
     auto* to = static_cast<float*>(writable_bytes(out, count * sizeof(float), "out"));
     const py::gil_scoped_release release;
@@ -193,9 +199,9 @@ class Splitter {
   void relax_towards(const py::buffer& target, const py::buffer& difference, float relaxation, const std::string& dtype,
                      const std::string& code, const py::buffer& packed, const py::buffer& absmax) {
     const std::size_t count = values_in(target, dtype);
-    const pissa::FourBit stored = four_bit(count, code, packed, absmax);
+    const pissa::FourBit stored = four_bit(count, code, packed, absmax, false);
     void* to = writable_bytes(target, count * size_of(parse_dtype(dtype)), "target");
-    const auto* from = static_cast<const float*>(writable_bytes(difference, count * sizeof(float), "difference"));
+    const auto* from = static_cast<const float*>(bytes_of(difference, false, count * sizeof(float), "difference"));
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     pissa::relax_towards(pool_, stored, parse_dtype(dtype), count, from, relaxation, to);
@@ -279,6 +285,12 @@ PYBIND11_MODULE(_core, m) {
       .def("copy", [](const pissa::Sha256& digest) { return digest; })
       .def_static("available", &pissa::Sha256::available);
   m.def("update_both", &update_both, py::arg("first"), py::arg("a"), py::arg("second"), py::arg("b"));
+  m.def(
+      "nuclear_norm_workspace_bytes",
+      [](std::size_t rows, std::size_t cols, unsigned threads) {
+        return pissa::nuclear_norm_workspace_bytes({nullptr, pissa::DType::f32, rows, cols}, threads);
+      },
+      py::arg("rows"), py::arg("cols"), py::arg("threads"));
   m.def("code_values", [](const std::string& code) {
     const auto& values = code_named(code).values;
     return std::vector<float>(std::begin(values), std::end(values));

@@ -1,12 +1,16 @@
 #include "norms.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
 
 #include "buffer.hpp"
 #include "lapack.hpp"
+#include "packing.hpp"
+#include "philox.hpp"
+#include "sweep.hpp"
 
 namespace pissa {
 namespace {
@@ -36,7 +40,9 @@ double frobenius_norm(const Kernels& kernels, ThreadPool& pool, const Weight& we
   return std::sqrt(sum);
 }
 
-double nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {
+namespace {
+
+double exact_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {
   const bool wide = weight.rows <= weight.cols;
   const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
   Buffer<double> piece(pool.scratch(), small * kColumns), gram(pool.scratch(), small * small);
@@ -63,9 +69,115 @@ double nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weig
   return sum;
 }
 
-std::size_t nuclear_norm_workspace_bytes(const Weight& weight) {
+constexpr std::size_t kExactSide = 1024;
+constexpr std::size_t kProbes = 16, kSteps = 16;
+constexpr std::uint64_t kProbeKey = 0x6e75636c656172;  // any
+
+// The Gram matrix of the smaller side, applied to kProbes columns.
+class SmallGram {
+ public:
+  SmallGram(const Kernels& kernels, ThreadPool& pool, const Weight& weight, float scale)
+      : sweep_(kernels, pool, weight, kProbes),
+        wide_(weight.rows < weight.cols),
+        scale_(scale),
+        other_(pool.scratch(), std::max(weight.rows, weight.cols) * kProbes) {}
+
+  void apply(const float* x, float* result) {
+    if (wide_) {
+      sweep_.transposed_product(x, kProbes, kProbes, scale_, other_.data());
+      sweep_.product(other_.data(), kProbes, kProbes, scale_, result, kProbes);
+    } else {
+      sweep_.power_step(x, kProbes, kProbes, scale_, other_.data(), kProbes, scale_, result);
+    }
+  }
+
+ private:
+  Sweep<float> sweep_;
+  bool wide_;
+  float scale_;
+  Buffer<float> other_;
+};
+
+using Sums = std::array<double, kProbes>;
+
+Sums dot(const Buffer<float>& a, const Buffer<float>& b, std::size_t rows) {
+  Sums sums{};
+  for (std::size_t i = 0; i < rows; ++i) {
+    for (std::size_t c = 0; c < kProbes; ++c) {
+      sums[c] += static_cast<double>(a[i * kProbes + c]) * static_cast<double>(b[i * kProbes + c]);
+    }
+  }
+  return sums;
+}
+
+// eᵀ·√T·e for the first unit vector e and the tridiagonal T of a Lanczos run.
+double quadrature(const std::array<Sums, kSteps>& diagonal, const std::array<Sums, kSteps>& beside, std::size_t probe) {
+  std::vector<double> matrix(kSteps * kSteps), values(kSteps), vectors(kSteps * kSteps);
+  for (std::size_t j = 0; j < kSteps; ++j) {
+    matrix[j * kSteps + j] = diagonal[j][probe];
+    if (j > 0) matrix[j * kSteps + j - 1] = beside[j - 1][probe];
+  }
+  if (!lapack::largest_eigenpairs(kSteps, matrix.data(), kSteps, values.data(), vectors.data())) {
+    throw std::runtime_error("LAPACK stedc did not converge");
+  }
+  double sum = 0;
+  for (std::size_t i = 0; i < kSteps; ++i) {
+    sum += vectors[i * kSteps] * vectors[i * kSteps] * std::sqrt(std::max(0.0, values[i]));
+  }
+  return sum;
+}
+
+}  // namespace
+
+double estimate_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {
+  const double size = frobenius_norm(kernels, pool, weight);
+  if (size == 0) return 0;
+  const int exponent = std::clamp(std::ilogb(size), -120, 120);
+  const std::size_t rows = std::min(weight.rows, weight.cols);
+  SmallGram gram(kernels, pool, weight, std::ldexp(1.0f, -exponent));
+  Buffer<float> now(pool.scratch(), rows * kProbes), before(pool.scratch(), rows * kProbes),
+      next(pool.scratch(), rows * kProbes);
+  random_signs(kProbeKey, 0, rows * kProbes, now.data());
+  const float start = 1.0f / std::sqrt(static_cast<float>(rows));
+  for (std::size_t i = 0; i < rows * kProbes; ++i) now[i] *= start;
+  std::fill(before.begin(), before.end(), 0.0f);
+  std::array<Sums, kSteps> diagonal{}, beside{};
+  for (std::size_t step = 0; step < kSteps; ++step) {
+    gram.apply(now.data(), next.data());
+    diagonal[step] = dot(now, next, rows);
+    std::array<float, kProbes> along{}, back{}, inverse{};
+    for (std::size_t c = 0; c < kProbes; ++c) {
+      along[c] = static_cast<float>(diagonal[step][c]);
+      back[c] = step > 0 ? static_cast<float>(beside[step - 1][c]) : 0.0f;
+    }
+    for (std::size_t i = 0; i < rows * kProbes; ++i) {
+      next[i] -= along[i % kProbes] * now[i] + back[i % kProbes] * before[i];
+    }
+    const Sums squares = dot(next, next, rows);
+    for (std::size_t c = 0; c < kProbes; ++c) {
+      beside[step][c] = std::sqrt(squares[c]);
+      inverse[c] = squares[c] > 0 ? static_cast<float>(1 / beside[step][c]) : 0.0f;
+    }
+    for (std::size_t i = 0; i < rows * kProbes; ++i) {
+      before[i] = now[i];
+      now[i] = next[i] * inverse[i % kProbes];
+    }
+  }
+  double sum = 0;
+  for (std::size_t c = 0; c < kProbes; ++c) sum += quadrature(diagonal, beside, c);
+  return std::ldexp(sum / kProbes * static_cast<double>(rows), exponent);
+}
+
+NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {
+  if (std::min(weight.rows, weight.cols) > kExactSide) return {estimate_nuclear_norm(kernels, pool, weight), true};
+  return {exact_nuclear_norm(kernels, pool, weight), false};
+}
+
+std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads) {
   const std::size_t small = std::min(weight.rows, weight.cols);
-  return sizeof(double) * small * (small + kColumns + 128);
+  if (small <= kExactSide) return sizeof(double) * small * (small + kColumns + 128);
+  return Sweep<float>::workspace_bytes(weight, kProbes, threads) +
+         sizeof(float) * kProbes * (3 * small + std::max(weight.rows, weight.cols));
 }
 
 }  // namespace pissa

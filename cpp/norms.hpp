@@ -1,6 +1,8 @@
 // Norms of a whole matrix.
 #pragma once
 
+#include <cstddef>
+
 #include "kernels/kernels.hpp"
 #include "thread_pool.hpp"
 #include "weight.hpp"
@@ -10,10 +12,20 @@ namespace pissa {
 // Frobenius; the number of threads changes no bit.
 double frobenius_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight);
 
-// The sum of the singular values, from the eigenvalues of the smaller side's Gram matrix in double.
-// Throws std::runtime_error where LAPACK fails.
-double nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight);
+struct NuclearNorm {
+  double value;
+  bool estimated;
+};
 
-std::size_t nuclear_norm_workspace_bytes(const Weight& weight);
+// The sum of the singular values. Where the smaller side is short, from the eigenvalues of its Gram matrix in double.
+// Else an estimate within about 1 %: the trace of the Gram matrix's square root, by stochastic Lanczos quadrature
+// (Ubaru, Chen, Saad 2017) from the same random signs whatever the matrix, so that those of two matrices can be
+// compared. Throws std::runtime_error where LAPACK fails.
+NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight);
+
+// The estimate, for any size of at least 16 × 16.
+double estimate_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight);
+
+std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads);
 
 }  // namespace pissa

@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from pissa_convert.api import Split, convert, plan, split, verify
     from pissa_convert.engine.verify import Verification
     from pissa_convert.errors import PissaError
-    from pissa_convert.lora_plan import LoraPlan
-    from pissa_convert.merge_plan import MergePlan
-    from pissa_convert.planning import Plan
+    from pissa_convert.plans.lora_plan import LoraPlan
+    from pissa_convert.plans.merge_plan import MergePlan
+    from pissa_convert.plans.split_plan import Plan
     from pissa_convert.report import LoraReport, MergeReport, Report
 
 _HOMES = {
-    "LoraPlan": "lora_plan",
+    "LoraPlan": "plans.lora_plan",
     "LoraReport": "report",
-    "MergePlan": "merge_plan",
+    "MergePlan": "plans.merge_plan",
     "MergeReport": "report",
     "PissaError": "errors",
-    "Plan": "planning",
+    "Plan": "plans.split_plan",
     "Report": "report",
     "Verification": "engine.verify",
 }

@@ -17,17 +17,17 @@ from pissa_convert.engine.run import ProgressCallback, run
 from pissa_convert.engine.verify_jobs import Origins
 from pissa_convert.engine.workers import InProcess, Workers
 from pissa_convert.errors import RequestError
-from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
-from pissa_convert.gguf_plan import GgufPlan
 from pissa_convert.linalg.native import usable_cpus
-from pissa_convert.lora_plan import LoraPlan
 from pissa_convert.matrix import Split, split
-from pissa_convert.merge_plan import MergePlan
 from pissa_convert.options import RunOptions
-from pissa_convert.planning import Plan
-from pissa_convert.quant_plan import QuantPlan
+from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.lora_plan import LoraPlan
+from pissa_convert.plans.merge_plan import MergePlan
+from pissa_convert.plans.quant_plan import QuantPlan
+from pissa_convert.plans.requests import AnyPlan, choose_backend, plan_request
+from pissa_convert.plans.split_plan import Plan
 from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, QuantReport, Report
-from pissa_convert.requests import AnyPlan, choose_backend, plan_request
 
 __all__ = ["Split", "convert", "plan", "split", "verify"]
 
@@ -253,7 +253,9 @@ def convert(
     to="merged" adds an adapter to the model folder `source`: W + s·B·A, in float32 and rounded once, what was trained
     whole in its place, a head that is tied no longer in a file of its own. Options:
 
-        adapter: the adapter folder: a LoRA for the original model, or a trained PiSSA adapter for its residual.
+        adapter: the adapter folder: a LoRA for the original model, or a trained PiSSA adapter for its residual, which
+            may be a 4-bit base: its weights are then read back as bitsandbytes reads them.
+        exact_base: instead of an adapter: read a 4-bit base back, and add nothing.
         dtype: "float32", "bfloat16" or "float16" for every floating-point tensor; by default each keeps its own.
 
     to="gguf" makes one file for llama.cpp, `dest`, of an adapter folder or a model folder. Options:

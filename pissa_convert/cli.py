@@ -93,6 +93,11 @@ def _add_merging(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--adapter", metavar="ADAPTER", help="a LoRA for an original model, or a trained adapter for its residual"
     )
+    group.add_argument(
+        "--exact-base",
+        action="store_true",
+        help="instead of an adapter: write the weights of a 4-bit base out as bitsandbytes reads them",
+    )
 
 
 def _add_gguf(group: argparse._ArgumentGroup) -> None:
@@ -233,7 +238,7 @@ def _run(given: dict[str, Any]) -> None:
         raise RequestError("--source goes with --verify", fix="give SOURCE and DEST without it to convert")
     only_plan, quiet, log = (given.pop(name, None) for name in ("plan", "quiet", "log_json"))
     overwrite = given.pop("overwrite", False)
-    from pissa_convert.targets import parse_targets
+    from pissa_convert.plans.targets import parse_targets
 
     for name in ("target_modules", "exclude_modules"):
         if name in given:

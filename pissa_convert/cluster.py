@@ -25,7 +25,7 @@ from pissa_convert.engine.workers import MakeLanes
 from pissa_convert.errors import ConversionError, PissaError, RequestError
 from pissa_convert.linalg.native import usable_cpus
 from pissa_convert.options import RunOptions
-from pissa_convert.requests import choose_backend, plan_request
+from pissa_convert.plans.requests import choose_backend, plan_request
 
 if TYPE_CHECKING:
     from pissa_convert.engine.journal import Entry

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from pissa_convert.engine.verify import Verification
-    from pissa_convert.lora_plan import LoraPlan
-    from pissa_convert.merge_plan import MergePlan
-    from pissa_convert.planning import Plan
-    from pissa_convert.quant_plan import QuantPlan
+    from pissa_convert.plans.lora_plan import LoraPlan
+    from pissa_convert.plans.merge_plan import MergePlan
+    from pissa_convert.plans.quant_plan import QuantPlan
+    from pissa_convert.plans.requests import AnyPlan
+    from pissa_convert.plans.split_plan import Plan
     from pissa_convert.report import Timings
-    from pissa_convert.requests import AnyPlan
 
 
 class ProgressBar:
@@ -50,11 +50,11 @@ def amount(nbytes: float) -> str:
 def print_plan(plan: AnyPlan, device: str) -> None:
     """The plan on stdout: it is what was asked for, so it can be piped."""
     from pissa_convert import console_gguf
-    from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
-    from pissa_convert.gguf_plan import GgufPlan
-    from pissa_convert.lora_plan import LoraPlan
-    from pissa_convert.merge_plan import MergePlan
-    from pissa_convert.quant_plan import QuantPlan
+    from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+    from pissa_convert.plans.gguf.plan import GgufPlan
+    from pissa_convert.plans.lora_plan import LoraPlan
+    from pissa_convert.plans.merge_plan import MergePlan
+    from pissa_convert.plans.quant_plan import QuantPlan
 
     if isinstance(plan, QuantPlan):
         _print_quant_plan(plan)
@@ -71,7 +71,7 @@ def print_plan(plan: AnyPlan, device: str) -> None:
 
 
 def _print_lora_plan(plan: LoraPlan) -> None:
-    from pissa_convert.estimate import estimate_lora_seconds
+    from pissa_convert.plans.estimate import estimate_lora_seconds
 
     width = max(map(len, plan.ranks))
     at_most = "at most " if plan.options.rank == "auto" else ""
@@ -93,8 +93,8 @@ time       about {compute:.1f} s of computing"""
 
 
 def _print_merge_plan(plan: MergePlan) -> None:
-    from pissa_convert.estimate import estimate_merge_seconds
-    from pissa_convert.merge_plan import describe, shard_tensors
+    from pissa_convert.plans.estimate import estimate_merge_seconds
+    from pissa_convert.plans.merge_plan import describe, shard_tensors
 
     tensors = [tensor for shard in plan.shards for tensor in shard.source.tensors]
     places = [place for shard in plan.checkpoint.shards for place in shard_tensors(shard, plan.options.dtype)[1]]
@@ -130,8 +130,8 @@ def _print_decisions(plan: Plan | QuantPlan) -> None:
 
 
 def _print_split_plan(plan: Plan, device: str) -> None:
-    from pissa_convert.estimate import estimate_seconds
     from pissa_convert.linalg.select import select_backend
+    from pissa_convert.plans.estimate import estimate_seconds
 
     _print_decisions(plan)
     split = list(plan.splits)
@@ -148,7 +148,7 @@ time       about {compute:.0f} s of computing with {plan.backend}, beside moving
 
 
 def _print_quant_plan(plan: QuantPlan) -> None:
-    from pissa_convert.estimate import estimate_quant_seconds
+    from pissa_convert.plans.estimate import estimate_quant_seconds
 
     _print_decisions(plan)
     weights = list(plan.weights)
@@ -258,6 +258,7 @@ def _print_quant_report(report: QuantReport) -> None:
 
 _COMPARED = {
     "pissa": "W = W_res + s·B·A within {:.1e} of ‖W‖ for {} weights",
+    "qpissa": "W = Q + s·B·A within {:.1e} of ‖W‖ for {} weights",
     "lora": "ΔW = B·A within {:.1e} of ‖ΔW‖ for {} modules",
     "merged": "W + s·B·A within {:.1e} of its norm for {} weights",
     "gguf": "what is stored within {:.1e} of what it was made from for {} tensors",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from pissa_convert.console import amount, finished, stages
-from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
-from pissa_convert.gguf_plan import GgufPlan
+from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+from pissa_convert.plans.gguf.plan import GgufPlan
 from pissa_convert.report import GgufReport
 
 
@@ -55,8 +55,8 @@ def _sizes(report: GgufReport) -> str:
 
 def print_model_plan(plan: GgufPlan, device: str) -> None:
     """Every tensor's decision, and what the files will be."""
-    from pissa_convert.estimate import estimate_gguf_seconds
     from pissa_convert.linalg.select import select_backend
+    from pissa_convert.plans.estimate import estimate_gguf_seconds
 
     known = {tensor.name: tensor.dtype for tensor in plan.base.file.tensors}
     width = max(map(len, known))

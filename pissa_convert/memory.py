@@ -1,8 +1,9 @@
 """How much memory a conversion may hold: the plan's side (what is predicted) of what `engine.buffers` enforces.
 
 The peak is that of the process: what it holds before work starts (interpreter, numpy, the core), the bytes in flight
-between the reader and the writer, and the workspaces of the splits that run at once. Reading is faster than the work
-and goes on until the budget is used up, so the peak can be computed instead of guessed.
+between the reader and the writer, and the workspaces of the splits that run at once. The bytes in flight come from a
+ring as large as the budget, all of which a model that is larger than it passes through, so the peak can be computed
+instead of guessed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ CHUNK = 8 << 20
 PAGE = 4096
 """Unit of the buffers in flight, and what direct writes align to."""
 
-_RUNTIME = 40 << 20
-"""Thread stacks, staging, journal and manifest: measured 15 to 35 MiB above the resident set at planning."""
+_RUNTIME = 16 << 20
+"""Thread stacks, staging, journal and manifest."""
 
 _SLACK = 96 << 20
 """Room beside the largest tensors, so that small ones flow past a large one that is being written."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pissa_convert.quant_stats import Overall
+from pissa_convert.plans.quant_stats import Overall
 
 
 @dataclass

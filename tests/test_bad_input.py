@@ -206,7 +206,7 @@ def test_a_destination_that_reaches_the_source_through_a_link(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--to", "pissa", "--iterations", "5"], ["--to", "nonsense"], [], ["--to", "pissa", "--rank", "x"]]
+    "arguments", [["--to", "pissa", "--sweeps", "5"], ["--to", "nonsense"], [], ["--to", "pissa", "--rank", "x"]]
 )
 def test_options_that_do_not_exist(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]

@@ -8,6 +8,7 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
+from checkpoints import llm_like
 
 from pissa_convert import _core
 from pissa_convert.errors import WeightError
@@ -120,4 +121,17 @@ def test_norms() -> None:
     assert backend.norm(raw(values), "F32") == pytest.approx(float(values.double().norm()), rel=1e-12)
     for matrix in (values, values.T.contiguous()):
         nuclear = float(torch.linalg.svdvals(matrix.double()).sum())
-        assert backend.nuclear_norm(raw(matrix), *matrix.shape) == pytest.approx(nuclear, rel=1e-9)
+        found, estimated = backend.nuclear_norm(raw(matrix), *matrix.shape)
+        assert found == pytest.approx(nuclear, rel=1e-9)
+        assert not estimated
+
+
+@pytest.mark.parametrize("shape", [(1088, 1408), (1408, 1088)])
+def test_the_nuclear_norm_of_a_large_matrix_is_estimated(shape: tuple[int, int]) -> None:
+    """Of what a quantiser leaves of a weight, and of noise."""
+    weight = llm_like(*shape)
+    left = weight - bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4"))
+    for matrix in (left, torch.randn(shape, generator=torch.Generator().manual_seed(1))):
+        found, estimated = NativeBackend(2).nuclear_norm(raw(matrix), *shape)
+        assert estimated
+        assert found == pytest.approx(float(torch.linalg.svdvals(matrix).sum()), rel=0.01)

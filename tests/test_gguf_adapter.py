@@ -10,13 +10,12 @@ from typing import Any
 import llamacpp
 import numpy as np
 import pytest
-import smollm2
 import torch
 from adapters import tensors_of, write
 from checkpoints import load_all
 from gguf_models import keys_of, packaged_smollm2, types_of, values_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from pissa_convert import convert, plan
 from pissa_convert.cli import main
@@ -28,12 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 Q, K, V = (f"model.layers.0.self_attn.{side}_proj" for side in "qkv")
 SHAPES = {Q: (24, 16), K: (8, 16), V: (8, 16)}
 """A llama of 6 heads, 2 key heads, 4 values each."""
-
-
-@pytest.fixture(scope="module")
-def tokens(smol32: Path) -> list[int]:
-    ids = AutoTokenizer.from_pretrained(smol32)(smollm2.TEXT)["input_ids"]
-    return list(ids[:120])
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +225,29 @@ def test_names_shapes_keys_and_the_order_of_rows(tmp_path: Path) -> None:
         order = list(range(len(b))) if heads is None else interleaved(len(b), heads)
         assert (found[f"blk.0.attn_{side}.weight.lora_a"] == a).all()
         assert (found[f"blk.0.attn_{side}.weight.lora_b"] == 2 * b[order]).all()
+
+
+def test_a_base_in_several_files_is_a_base_too(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+    from gguf_models import add, finish
+
+    for number, (name, shape) in enumerate((("blk.0.attn_q", (24, 16)), ("blk.0.attn_k", (8, 16)))):
+        writer = GGUFWriter(tmp_path / f"big-{number + 1:05d}-of-00002.gguf", "llama")
+        writer.add_uint16("split.count", 2)
+        writer.add_block_count(1)
+        writer.add_head_count(6)
+        writer.add_head_count_kv(2)
+        add(writer, f"{name}.weight", np.zeros(shape), "F32")
+        finish(writer)
+    folder = lora(tmp_path / "lora", {Q: (24, 16), K: (8, 16)})
+    to_gguf(folder, tmp_path / "out.gguf", base_gguf=tmp_path / "big-00002-of-00002.gguf", outtype="f32")
+    to_gguf(folder, tmp_path / "one.gguf", base_gguf=tiny_base(tmp_path), outtype="f32")
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+    with pytest.raises(RequestError, match="llama-gguf-split --merge"):
+        plan(tmp_path / "big-00001-of-00002.gguf", tmp_path / "m.gguf", "merged", adapter=folder)
+    (tmp_path / "big-00001-of-00002.gguf").unlink()
+    with pytest.raises(RequestError, match=r"big-00001-of-00002\.gguf: the part is missing"):
+        plan(folder, tmp_path / "again.gguf", "gguf", base_gguf=tmp_path / "big-00002-of-00002.gguf")
 
 
 def test_qwen_keeps_the_order_of_its_rows(tmp_path: Path) -> None:

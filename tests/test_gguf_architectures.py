@@ -17,13 +17,14 @@ import pytest
 import torch
 import transformers
 from adapters import tensors_of, write
-from gguf import GGUFWriter, get_tensor_name_map
+from gguf import GGUFWriter, RopeScalingType, get_tensor_name_map
 from gguf.constants import MODEL_ARCH_NAMES
 from gguf_models import add, finish, values_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from pissa_convert import convert
+from pissa_convert.plans.gguf.names import KEPT, PERMUTED
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -125,6 +126,51 @@ MODELS = {
 }
 
 
+def _layer_norm(writer: GGUFWriter, config: Any) -> None:
+    writer.add_layer_norm_eps(getattr(config, "layer_norm_eps", None) or getattr(config, "norm_epsilon", 1e-5))
+
+
+def _cohere(writer: GGUFWriter, config: Any) -> None:
+    _layer_norm(writer, config)
+    writer.add_logit_scale(config.logit_scale)
+    writer.add_rope_scaling_type(RopeScalingType.NONE)
+    if hasattr(config, "sliding_window"):
+        writer.add_sliding_window(config.sliding_window)
+
+
+def _shared_expert(writer: GGUFWriter, config: Any) -> None:
+    _mixture(writer, config)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def _whole_experts(writer: GGUFWriter, config: Any) -> None:
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+
+
+_MIXTURES = (_mixture, _shared_expert, _whole_experts)
+_TIED = {"tie_word_embeddings": True}
+_COHERE = {"logit_scale": 0.5, **_TIED}
+_SHARED = {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1}
+
+MORE = {
+    "arcee": Tiny("arcee", _config("Arcee"), permuted=True),
+    "cohere": Tiny("command-r", _config("Cohere", **_COHERE), keys=_cohere),
+    "cohere2": Tiny("cohere2", _config("Cohere2", sliding_window=64, **_COHERE), keys=_cohere),
+    "ernie4_5": Tiny("ernie4_5", _config("Ernie4_5", head_dim=16)),
+    "exaone4": Tiny("exaone4", _config("Exaone4", sliding_window=None, layer_types=["full_attention"] * 2)),
+    "gemma": Tiny("gemma", _config("Gemma", head_dim=16, hidden_activation="gelu_pytorch_tanh", **_TIED), norms=1.0),
+    "olmo": Tiny("olmo", _config("Olmo", num_key_value_heads=4), permuted=True, keys=_layer_norm),
+    "olmoe": Tiny(
+        "olmoe", _config("Olmoe", num_key_value_heads=4, num_experts=4, num_experts_per_tok=2), keys=_whole_experts
+    ),
+    "qwen2moe": Tiny("qwen2moe", _config("Qwen2Moe", **_SHARED), keys=_shared_expert),
+    "seed_oss": Tiny("seed_oss", _config("SeedOss", head_dim=16)),
+    "smollm3": Tiny("smollm3", _config("SmolLM3", use_sliding_window=False), permuted=True),
+    "starcoder2": Tiny("starcoder2", _config("Starcoder2", sliding_window=None), keys=_layer_norm),
+}
+
+
 def _model(tiny: Tiny, folder: Path) -> Any:
     """A random model, and its folder: norms and biases that are not their defaults, too."""
     torch.manual_seed(0)
@@ -200,9 +246,13 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture_whose_layout_is_claimed_is_shown() -> None:
+    assert {tiny.name for tiny in (*MODELS.values(), *MORE.values())} == PERMUTED | KEPT
+
+
+@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)])
 def test_a_trained_model_and_an_adapter_agree_with_transformers(name: str, tmp_path: Path) -> None:
-    tiny = MODELS[name]
+    tiny = {**MODELS, **MORE}[name]
     model = _model(tiny, tmp_path / "base")
     base = _template(tiny, tmp_path / "base", tmp_path / "base.gguf")
     expected = _logits(model)
@@ -218,9 +268,9 @@ def test_a_trained_model_and_an_adapter_agree_with_transformers(name: str, tmp_p
     assert np.abs(found - _logits(model)).max() < 1e-3
     assert np.abs(found - expected).max() > 0.02  # and training did something
 
-    adapted = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", init_lora_weights=False)
-    )
+    # PEFT adapts the experts of transformers 5 as 3-D parameters or not at all.
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if tiny.keys in _MIXTURES else "all-linear"
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules=targets, init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "lora")
     convert(tmp_path / "lora", tmp_path / "lora.gguf", "gguf", base_gguf=tmp_path / "trained.gguf", outtype="f32")
     with_adapter = llamacpp.logits(tmp_path / "trained.gguf", TOKENS, [tmp_path / "lora.gguf"])

@@ -24,8 +24,8 @@ from pissa_convert.engine.workers import InProcess
 from pissa_convert.errors import RequestError
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.memory import Widths, footprint, plan_memory
+from pissa_convert.plans.steps import Change, Stats
 from pissa_convert.report import Timings
-from pissa_convert.steps import Change, Stats
 
 GIB, MIB = 1 << 30, 1 << 20
 

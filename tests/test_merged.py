@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from training import fit, load, logits
 
-from pissa_convert import convert, merge_steps, plan, verify
+from pissa_convert import convert, plan, verify
 from pissa_convert.cli import main
 from pissa_convert.errors import ConversionError, DamageError, RequestError, WeightError
 
@@ -137,7 +137,7 @@ def test_with_a_dtype_every_float_is_cast_and_headers_index_and_config_follow(
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_steps, "BLOCK", 1000)
+    monkeypatch.setattr("pissa_convert.plans.merge_steps.BLOCK", 1000)
 
 
 def test_rows_lanes_and_threads_change_no_byte_of_a_bfloat16_model(
@@ -146,7 +146,7 @@ def test_rows_lanes_and_threads_change_no_byte_of_a_bfloat16_model(
     source = write_model(tmp_path / "in", small_model(dtype=torch.bfloat16), 2)
     to_merged(source, tmp_path / "whole", adapter)
     for block in (400, 1000):
-        monkeypatch.setattr(merge_steps, "BLOCK", block)
+        monkeypatch.setattr("pissa_convert.plans.merge_steps.BLOCK", block)
         for threads in (1, 3):
             dest = tmp_path / f"{block}-{threads}"
             to_merged(source, dest, adapter, threads=threads)

@@ -9,8 +9,9 @@ import bitsandbytes
 import peft_models
 import pytest
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit
 from checkpoints import digests, load_adapter, load_all, small_model, write_model
+from four_bit import bases, plainly_quantised
 from peft import PeftModel
 from training import logits, shortened, tokens_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -46,18 +47,6 @@ def quantised_by_transformers(model: Path, dest: Path, code: str, double: bool) 
     )
     AutoModelForCausalLM.from_pretrained(model, dtype="auto", quantization_config=config).save_pretrained(dest)
     return dest
-
-
-def bases(folder: Path) -> dict[str, torch.Tensor]:
-    """Every quantised weight as bitsandbytes reads it back, from the files alone."""
-    tensors = load_all(folder)
-    found = {}
-    for name in tensors:
-        if name.endswith(".weight.quant_map"):
-            weight = name.removesuffix(".quant_map")
-            parts = {key: value for key, value in tensors.items() if key.startswith(f"{weight}.")}
-            found[weight] = dequantize_4bit(tensors[weight], QuantState.from_dict(parts, torch.device("cpu")))
-    return found
 
 
 @pytest.mark.parametrize(("code", "double"), [("nf4", True), ("fp4", False)])
@@ -96,10 +85,6 @@ def test_the_recorded_errors_are_those_of_what_bitsandbytes_reads(model: Path, r
         reduction = 1 - nuclear_norm(difference) / nuclear_norm(plain)
         assert entry["reduction"] == pytest.approx(reduction, abs=1e-4)
         assert reduction > 0
-
-
-def plainly_quantised(weight: torch.Tensor) -> torch.Tensor:
-    return dequantize_4bit(*bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
 
 
 def nuclear_norm(matrix: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2Model
 
 from pissa_convert.errors import RequestError
-from pissa_convert.targets import Action, Decision, compact_target_modules, decide, parse_targets
+from pissa_convert.plans.targets import Action, Decision, compact_target_modules, decide, parse_targets
 
 # PEFT asks transformers for an attribute under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -90,7 +90,7 @@ def test_what_is_too_large_for_the_gpu_is_split_by_the_cpu_and_that_is_said(
     source = write_model(tmp_path / "in", small_model())
     convert(source, tmp_path / "native", rank=4, device="cpu")
     monkeypatch.setattr(torch_backend, "factorize", out_of_memory(1000))
-    monkeypatch.setattr("pissa_convert.requests.select_backend", lambda *options: TorchBackend(devices()))
+    monkeypatch.setattr("pissa_convert.plans.requests.select_backend", lambda *options: TorchBackend(devices()))
     assert main([str(source), str(tmp_path / "out"), "--to", "pissa", "--rank", "4"]) == 0
     said = capsys.readouterr().err
     assert "warning: model.layers.0.mlp.down_proj.weight: too large for the memory of cpu" in said
@@ -144,7 +144,7 @@ def test_any_number_of_devices_and_lanes_gives_the_same_bytes(tmp_path: Path, mo
     results = []
     for count in (1, 2, 3):
         pool = [CountedDevice(torch.device("cpu"), ROOM) for _ in range(count)]
-        monkeypatch.setattr("pissa_convert.requests.select_backend", lambda *o, pool=pool: TorchBackend(pool))
+        monkeypatch.setattr("pissa_convert.plans.requests.select_backend", lambda *o, pool=pool: TorchBackend(pool))
         convert(source, tmp_path / str(count), rank=4)
         assert all(device.splits for device in pool)
         assert sum(device.splits for device in pool) == 12
@@ -158,7 +158,7 @@ def test_too_little_memory_is_refused_with_the_number_that_is_enough(
     source = write_model(tmp_path / "in", small_model())
     limits = [1000]
     monkeypatch.setattr(
-        "pissa_convert.requests.select_backend", lambda *options: TorchBackend(devices(limit=limits[0]))
+        "pissa_convert.plans.requests.select_backend", lambda *options: TorchBackend(devices(limit=limits[0]))
     )
     with pytest.raises(RequestError, match="the memory of the GPU is too small for the largest weight") as refused:
         plan(source, tmp_path / "out", rank=4)

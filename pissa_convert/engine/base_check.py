@@ -19,10 +19,10 @@ from pissa_convert.formats.adapter import CONFIG_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder, open_adapter
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.init_planning import split_manifest
-from pissa_convert.merge_changes import pairs_of
-from pissa_convert.merge_plan import MergePlan
-from pissa_convert.planning import ADAPTER_FOLDER
+from pissa_convert.plans.init_planning import split_manifest
+from pissa_convert.plans.merge_changes import pairs_of
+from pissa_convert.plans.merge_plan import MergePlan
+from pissa_convert.plans.split_plan import ADAPTER_FOLDER
 from pissa_convert.transforms.delta import UNRELATED, Array, Product, difference
 from pissa_convert.transforms.repetition import REPEATED, distance_from_part
 
@@ -55,17 +55,20 @@ def check_base(plan: MergePlan) -> MergePlan:
     Raises:
         RequestError: the model is not the one that the adapter belongs to.
     """
+    adapter = plan.adapter
+    if adapter is None:
+        return plan
     split = split_manifest(plan.source)
-    origin = _origin(plan.adapter)
+    origin = _origin(adapter)
     if split is not None:
-        _check_residual(plan, split, origin)
+        _check_residual(plan, adapter, split, origin)
         return plan
     if origin is None:
-        _check_not_repeated(plan)
+        _check_not_repeated(plan, adapter)
         return plan
     sizes = {shard.path.name: shard.size for shard in plan.checkpoint.shards}
     if sizes != {name: record.size for name, record in origin.files.items()}:
-        _check_not_repeated(plan)
+        _check_not_repeated(plan, adapter)
         warning = (
             f"the files of {plan.source} are not those of {origin.what}, for which the adapter was made: "
             f"only names and shapes were compared"
@@ -103,7 +106,7 @@ def _manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else None
 
 
-def _check_residual(plan: MergePlan, split: Manifest, origin: _Origin | None) -> None:
+def _check_residual(plan: MergePlan, adapter: AdapterFolder, split: Manifest, origin: _Origin | None) -> None:
     """SOURCE says itself that it is a residual: only what began as its adapter goes on it."""
     if origin is not None:
         if origin.files != split.shards:
@@ -117,14 +120,14 @@ def _check_residual(plan: MergePlan, split: Manifest, origin: _Origin | None) ->
     if not (root / CONFIG_NAME).is_file():
         return
     init = open_adapter(root, "SOURCE's adapter")
-    if init.pairs.keys() != plan.adapter.pairs.keys():
+    if init.pairs.keys() != adapter.pairs.keys():
         raise RequestError(
             "SOURCE is a residual model, and the adapter has other modules than were split",
             file=plan.source,
-            found=", ".join(sorted(init.pairs.keys() ^ plan.adapter.pairs.keys())[:2]),
+            found=", ".join(sorted(init.pairs.keys() ^ adapter.pairs.keys())[:2]),
             fix="give the model that the adapter was trained on",
         )
-    change = _relative_change(plan.adapter, init)
+    change = _relative_change(adapter, init)
     if change > UNRELATED:
         raise RequestError(
             "SOURCE is a residual model, and the adapter did not begin as its principal adapter",
@@ -152,13 +155,13 @@ def _relative_change(adapter: AdapterFolder, init: AdapterFolder) -> float:
     return math.sqrt(change / energy) if energy else 0.0
 
 
-def _check_not_repeated(plan: MergePlan) -> None:
+def _check_not_repeated(plan: MergePlan, adapter: AdapterFolder) -> None:
     """A principal adapter repeats what the original model holds; a LoRA does not, nor a residual."""
     homes = {tensor.name: (shard.path, tensor) for shard in plan.checkpoint.shards for tensor in shard.tensors}
     pairs = {name: pair for name, pair in pairs_of(plan.changes).items() if not pair.is_embedding}
     names = sorted(pairs, key=lambda name: (homes[name][1].nbytes, name))[:_PROBES]
     found = []
-    with FactorFile(plan.adapter.file.path) as factors:
+    with FactorFile(adapter.file.path) as factors:
         for name in names:
             product = factors.product(pairs[name])
             if plan.changes.tensors[name].transposed:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import mmap
 import threading
+from collections import deque
 from dataclasses import dataclass
 
 from pissa_convert.memory import PAGE, footprint
@@ -28,11 +28,11 @@ class Buffer:
 
 
 class Buffers:
-    """An arena of as many bytes as the budget: hands out what fits, and makes the taker wait otherwise.
+    """A ring of as many bytes as the budget: hands out what fits, and makes the taker wait otherwise.
 
-    A buffer lies as far in front as it fits, so that the same pages are used over and over: getting new ones costs as
-    much as reading the weights into them, and on a virtual machine several times that. The pipeline gives buffers back
-    in about the order in which it takes them, so the free bytes stay in few pieces.
+    The pipeline gives buffers back in about the order in which it takes them, so the free bytes stay in one piece. The
+    same pages are used over and over: getting new ones, zeroed, costs as much as reading the weights into them. And
+    all of them are used, whatever the speeds, so the peak of memory can be predicted.
     """
 
     def __init__(self, budget: int) -> None:
@@ -42,7 +42,8 @@ class Buffers:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             arena.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults
         self._arena = memoryview(arena)
-        self._buffers: list[Buffer] = []  # in the order of their places
+        self._buffers: deque[Buffer] = deque()
+        self._last = 0  # end of the buffer that was taken last
         self._changed = threading.Condition()
         self._cancelled = False
 
@@ -89,17 +90,20 @@ class Buffers:
             return None
         first = begin + (at % PAGE if at % _ELEMENT == 0 else 0)
         buffer = Buffer(self._arena[first : first + nbytes], begin, begin + size, holders)
-        bisect.insort(self._buffers, buffer, key=lambda held: held.begin)
+        self._buffers.append(buffer)
+        self._last = buffer.end
         return buffer
 
     def _place(self, size: int) -> int | None:
-        """The first place where `size` bytes are free in one piece, if there is one."""
-        begin = 0
-        for buffer in self._buffers:
-            if buffer.begin - begin >= size:
-                break
-            begin = buffer.end
-        return begin if begin + size <= self._capacity else None
+        """Where `size` bytes are free in one piece, if anywhere."""
+        if not self._buffers:
+            return self._last if self._last + size <= self._capacity else 0
+        first, end = self._buffers[0].begin, self._buffers[-1].end
+        if first < end:  # taken is first:end
+            if end + size <= self._capacity:
+                return end
+            return 0 if size <= first else None
+        return end if end + size <= first else None  # free is end:first
 
     def give_back(self, buffer: Buffer) -> None:
         """Return a buffer; who calls this may not look at it any more."""
@@ -108,7 +112,8 @@ class Buffers:
             if buffer.holders:
                 return
             buffer.view.release()
-            self._buffers.remove(buffer)
+            while self._buffers and not self._buffers[0].holders:
+                self._buffers.popleft()
             self._changed.notify_all()
 
     def cancel(self) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pissa_convert.engine.digest import sha256, update_both
 from pissa_convert.engine.reading import digest_findings, open_to_read, read_exactly
 from pissa_convert.errors import FormatError, PissaError
 from pissa_convert.formats.adapter import adapter_keys
@@ -67,7 +67,7 @@ class _Pair:
         self._paths = source, dest
         self._descriptors: list[int] = []
         self._scratch = bytearray(CHUNK), bytearray(CHUNK)
-        self.digests = hashlib.sha256(), hashlib.sha256()
+        self.digests = sha256(), sha256()
         self._seen = seen
 
     def __enter__(self) -> _Pair:
@@ -84,10 +84,9 @@ class _Pair:
         if end - begin > len(self._scratch[0]):
             self._scratch = bytearray(end - begin), bytearray(end - begin)
         first, second = (memoryview(scratch)[: end - begin] for scratch in self._scratch)
-        sides = zip(self._paths, self._descriptors, self.digests, (first, second), strict=True)
-        for path, descriptor, digest, view in sides:
+        for path, descriptor, view in zip(self._paths, self._descriptors, (first, second), strict=True):
             read_exactly(descriptor, begin, view, path)
-            digest.update(view)
+        update_both(self.digests[0], first, self.digests[1], second)
         self._seen(2 * (end - begin))
         return first, second
 

@@ -15,8 +15,8 @@ from pissa_convert.errors import ConversionError, PissaError, WeightError
 from pissa_convert.formats.adapter_folder import Pair
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.init_planning import Derivation, Init
 from pissa_convert.linalg import Backend
+from pissa_convert.plans.init_planning import Derivation, Init
 from pissa_convert.transforms.check import widened
 from pissa_convert.transforms.delta import Array, Product
 

@@ -16,14 +16,14 @@ from pissa_convert.engine.model_rows import ModelRows
 from pissa_convert.engine.run import Outcome, ProgressCallback, carry_out
 from pissa_convert.engine.workers import Workers
 from pissa_convert.errors import WeightError
-from pissa_convert.gguf_adapter import AdaptedTensor
-from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_steps import Encode, GgufSplit
 from pissa_convert.linalg import Backend
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.memory import peak_resident_bytes
+from pissa_convert.plans.gguf.adapter import AdaptedTensor
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.gguf.steps import Encode, GgufSplit
+from pissa_convert.plans.steps import Stats
 from pissa_convert.report import GgufReport, SizeLine
-from pissa_convert.steps import Stats
 from pissa_convert.transforms.delta import Product
 from pissa_convert.transforms.ggml import Array, decode, store
 from pissa_convert.transforms.gguf_split import split_gguf

@@ -25,11 +25,11 @@ from pissa_convert.engine.reading import hash_file
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.manifest import FileRecord, manifest_name
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.gguf_adapter import AdaptedTensor
-from pissa_convert.gguf_adapter_plan import FactorStats, GgufAdapterPlan
-from pissa_convert.gguf_adapter_planning import with_ranks
-from pissa_convert.lora_planning import choose_ranks
 from pissa_convert.memory import peak_resident_bytes
+from pissa_convert.plans.gguf.adapter import AdaptedTensor
+from pissa_convert.plans.gguf.adapter_plan import FactorStats, GgufAdapterPlan
+from pissa_convert.plans.gguf.adapter_planning import with_ranks
+from pissa_convert.plans.lora_planning import choose_ranks
 from pissa_convert.report import GgufReport, Timings
 from pissa_convert.transforms.delta import Array, Product, decompose, difference, exact_norm
 from pissa_convert.transforms.ggml import decode, encode

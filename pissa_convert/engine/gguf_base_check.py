@@ -11,9 +11,9 @@ from pissa_convert.engine.factors import FactorFile
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.adapter_folder import AdapterFolder
 from pissa_convert.formats.gguf_types import TYPES
-from pissa_convert.gguf_adapter import AdaptedTensor
-from pissa_convert.gguf_model import BaseGguf
-from pissa_convert.transforms.delta import Product
+from pissa_convert.plans.gguf.adapter import AdaptedTensor
+from pissa_convert.plans.gguf.model import BaseGguf
+from pissa_convert.transforms.delta import Array, Product
 from pissa_convert.transforms.ggml import can_decode, decode
 from pissa_convert.transforms.repetition import REPEATED, distance_from_part
 
@@ -33,14 +33,10 @@ def check_gguf_base(base: BaseGguf, adapter: AdapterFolder, tensors: Sequence[Ad
     probes = [tensor for tensor in tensors if len(tensor.shape) == 2 and can_decode(base.tensors[tensor.name].dtype)]
     probes.sort(key=lambda tensor: (base.tensors[tensor.name].nbytes, tensor.name))
     found = []
-    with FactorFile(adapter.file.path) as factors, FactorFile(base.file.path) as file:
+    with FactorFile(adapter.file.path) as factors:
         for tensor in probes[:_PROBES]:
             a, b = tensor.factors(lambda module: factors.product(adapter.pairs[module]))
-            info = base.tensors[tensor.name]
-            rows, columns = info.shape
-            count = min(rows, max(1, _VALUES // columns))
-            data = file.raw(info, 0, count * TYPES[info.dtype].row_bytes(columns))
-            distance = distance_from_part(decode(data, info.dtype, columns).astype(np.float64), Product(b, a))
+            distance = distance_from_part(_first_rows(base, tensor.name), Product(b, a))
             if distance is not None:
                 found.append(distance)
     if found and median(found) < REPEATED:
@@ -52,3 +48,13 @@ def check_gguf_base(base: BaseGguf, adapter: AdapterFolder, tensors: Sequence[Ad
             found=f"{median(found):.3f}",
             fix="give what the training began with as --init of --to lora or --to gguf, or a GGUF of the residual",
         )
+
+
+def _first_rows(base: BaseGguf, name: str) -> Array:
+    """As many rows as make a good sample."""
+    tensor = base.tensors[name]
+    rows, columns = tensor.shape
+    count = min(rows, max(1, _VALUES // columns))
+    with FactorFile(base.homes[name]) as file:
+        data = file.raw(tensor, 0, count * TYPES[tensor.dtype].row_bytes(columns))
+    return decode(data, tensor.dtype, columns).astype(np.float64)

@@ -19,15 +19,15 @@ from pissa_convert.errors import FormatError, PissaError, RequestError
 from pissa_convert.formats.gguf_types import TYPES
 from pissa_convert.formats.manifest import Manifest
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
-from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_requests import plan_merged_gguf, plan_split_gguf, plan_to_gguf
-from pissa_convert.gguf_steps import Encode, GgufSplit
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.memory import chunks
 from pissa_convert.options import RunOptions
+from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.gguf.requests import plan_merged_gguf, plan_split_gguf, plan_to_gguf
+from pissa_convert.plans.gguf.steps import Encode, GgufSplit
+from pissa_convert.plans.steps import Copy
 from pissa_convert.report import Timings
-from pissa_convert.steps import Copy
 from pissa_convert.transforms.check import same_bytes
 from pissa_convert.transforms.delta import Product, difference, exact_norm
 from pissa_convert.transforms.ggml import Array, decode
@@ -63,8 +63,8 @@ def plan_again(source: Path, dest: Path, manifest: Manifest, given: Mapping[str,
     return (plan_merged_gguf if to == "merged" else plan_to_gguf)(source, place, wanted, run, 1)
 
 
-_DERIVED = ("dtype",)
-"""Options of the LoRA that is made on the way, which nobody chose."""
+_DERIVED = ("dtype", "base_error")
+"""What is recorded of the LoRA that is made on the way, which nobody chose."""
 
 
 def compare_gguf(plan: GgufPlan, manifest: Manifest, seen: Callable[[int], None]) -> Finding:

@@ -9,9 +9,9 @@ from typing import Any
 
 from pissa_convert.engine.factors import FactorFile
 from pissa_convert.formats.gguf_types import PLAIN, TYPES, type_bytes
-from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.gguf_planning import chosen_type
-from pissa_convert.gguf_steps import Encode, GgufSplit
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.gguf.planning import chosen_type
+from pissa_convert.plans.gguf.steps import Encode, GgufSplit
 from pissa_convert.report import SizeLine
 from pissa_convert.transforms.ggml import Array, can_encode, decode, store
 

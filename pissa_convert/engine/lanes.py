@@ -14,8 +14,8 @@ from pissa_convert.engine.buffers import Buffer, Cancelled
 from pissa_convert.engine.hashing import Ticket
 from pissa_convert.engine.work import Transform
 from pissa_convert.memory import Widths
+from pissa_convert.plans.steps import Change, Stats
 from pissa_convert.report import Timings
-from pissa_convert.steps import Change, Stats
 
 MakeTransform = Callable[[int], Transform]
 """From a number of threads to a transform that works with so many; two of them share nothing that they change."""

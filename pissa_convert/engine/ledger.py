@@ -11,8 +11,8 @@ from pissa_convert.engine.work import ModelPlan, Shard
 from pissa_convert.engine.writer import StepDone
 from pissa_convert.errors import ConversionError
 from pissa_convert.formats.manifest import FileRecord
+from pissa_convert.plans.steps import Copy, ShardPlan
 from pissa_convert.report import Timings
-from pissa_convert.steps import Copy, ShardPlan
 
 ProgressCallback = Callable[[int, int, Timings], None]
 """Called with the bytes of source that are done, the bytes in all, and the stages' timings so far."""

@@ -27,9 +27,9 @@ from pissa_convert.errors import ConversionError, RequestError
 from pissa_convert.formats.adapter import WEIGHTS_NAME
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
 from pissa_convert.linalg import Backend
-from pissa_convert.lora_plan import INIT_WEIGHTS, LoraPlan, Module, ModuleResult, lora_manifest
-from pissa_convert.lora_planning import choose_ranks
 from pissa_convert.memory import chunks, peak_resident_bytes
+from pissa_convert.plans.lora_plan import INIT_WEIGHTS, LoraPlan, Module, ModuleResult, lora_manifest
+from pissa_convert.plans.lora_planning import choose_ranks
 from pissa_convert.report import LoraReport, Timings
 from pissa_convert.transforms.delta import UNRELATED
 from pissa_convert.transforms.lora import ModuleInput, new_factors, wanted_rank
@@ -190,6 +190,11 @@ def _warnings(plan: LoraPlan, norm: float, trained: float, init: float) -> tuple
         found.append(
             f"TRAINED does not look like it began as {plan.init.file}: ‖ΔW‖ is {norm / init:.2f} of the initial "
             f"adapter's ‖s·B·A‖, which training hardly ever changes that much"
+        )
+    if plan.init.base_error is not None:
+        found.append(
+            f"the training ran on a 4-bit base: the original with this LoRA is {plan.init.base_error:.1e} of ‖W‖ away "
+            f"from what was trained; --to merged with the 4-bit base gives that exactly"
         )
     if plan.init.derivations and plan.init.recorded is None:
         said = ", ".join(f"{name} {value or 'auto'}" for name, value in plan.init.options.items() if name != "seed")

@@ -10,7 +10,7 @@ from pissa_convert.engine.factors import FactorFile
 from pissa_convert.errors import FormatError, PissaError
 from pissa_convert.formats.adapter_folder import AdapterFolder, open_adapter
 from pissa_convert.formats.manifest import Manifest
-from pissa_convert.init_planning import stored_init
+from pissa_convert.plans.init_planning import stored_init
 from pissa_convert.transforms.delta import difference, exact_norm
 
 _TOLERANCE = 1.01

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -15,13 +16,14 @@ from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.run import ProgressCallback, carry_out
 from pissa_convert.engine.workers import Workers
 from pissa_convert.errors import WeightError
+from pissa_convert.formats.bitsandbytes import unpack
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.linalg import Backend
+from pissa_convert.linalg import Backend, Quantiser
 from pissa_convert.memory import peak_resident_bytes
-from pissa_convert.merge_plan import MergePlan
-from pissa_convert.merge_steps import Merge, Target
+from pissa_convert.plans.merge_plan import MergePlan
+from pissa_convert.plans.merge_steps import Dequantise, Merge, Target
 from pissa_convert.report import MergeReport
-from pissa_convert.transforms.merge import WIDTHS, Addition, Array, MergeStats, merge_rows
+from pissa_convert.transforms.merge import WIDTHS, Addition, Array, MergeStats, merge_rows, transposed
 
 
 def run_merge(
@@ -55,24 +57,40 @@ def run_merge(
 @contextmanager
 def merge_lanes(plan: MergePlan, backend: Backend) -> Iterator[MakeTransform]:
     """Makes lanes that merge, with one BLAS thread in each: so the number of lanes changes no byte."""
-    with FactorFile(plan.adapter.file.path) as factors, threadpool_limits(1, user_api="blas"):
-        yield lambda threads: MergeLane(factors)
+    with adapter_file(plan) as factors, threadpool_limits(1, user_api="blas"):
+        quantiser = cast("Quantiser", backend)  # only splits run on another device
+        yield lambda threads: MergeLane(factors, quantiser)
+
+
+def adapter_file(plan: MergePlan) -> AbstractContextManager[FactorFile | None]:
+    """The adapter's tensors, where there is one."""
+    return nullcontext() if plan.adapter is None else FactorFile(plan.adapter.file.path)
 
 
 @dataclass
 class MergeLane:
     """Does the work of a step; the factor that all rows of a tensor share is read once for rows in a row."""
 
-    factors: FactorFile
+    adapter: FactorFile | None
+    quantiser: Quantiser
     _shared: tuple[str, Array] | None = field(default=None, repr=False)
 
-    def __call__(self, step: Merge, file: Path, buffer: memoryview) -> MergeStats:
+    @property
+    def factors(self) -> FactorFile:
+        """The adapter's: only steps that change something ask."""
+        assert self.adapter is not None
+        return self.adapter
+
+    def __call__(self, step: Merge | Dequantise, file: Path, buffer: memoryview) -> MergeStats:
         """Turn the rows at the front of `buffer` into what `step` says.
 
         Raises:
             WeightError: a value cannot be merged; names file and tensor.
         """
         try:
+            if isinstance(step, Dequantise):
+                self.read_back(step, buffer)
+                return self(step.merge, file, buffer[step.matrix])
             stats = MergeStats()
             for part, _ in step.beside:  # before the rows themselves change
                 assert step.head is not None
@@ -86,6 +104,21 @@ class MergeLane:
                 found=error.found,
                 fix=error.fix,
             ) from error
+
+    def read_back(self, step: Dequantise, buffer: memoryview) -> None:
+        """Put the matrix that is stored at the front of `buffer` where the merge expects it.
+
+        Raises:
+            WeightError: what is stored is damaged.
+        """
+        stored, matrix = step.stored, buffer[step.matrix][step.merge.source]
+        base = unpack(buffer[step.source], stored.tensors, stored.form)
+        if not stored.transposed:
+            self.quantiser.dequantise(base, matrix)
+            return
+        turned = memoryview(bytearray(len(matrix)))
+        self.quantiser.dequantise(base, turned)
+        matrix[:] = transposed(turned, stored.form.rows, stored.form.cols)
 
     def _fill(self, step: Merge, target: Target, buffer: memoryview, out: memoryview) -> MergeStats:
         old, dtype = self.rows_before(step, target, buffer[step.source])

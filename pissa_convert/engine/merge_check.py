@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from pissa_convert.engine.factors import FactorFile
-from pissa_convert.engine.merge import MergeLane
+from pissa_convert.engine.merge import MergeLane, adapter_file
 from pissa_convert.engine.reading import digest_findings, open_to_read, read_exactly
 from pissa_convert.errors import FormatError, PissaError
 from pissa_convert.formats.manifest import FileRecord, Manifest
+from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.memory import chunks
-from pissa_convert.merge_plan import MergePlan
-from pissa_convert.merge_steps import Merge
-from pissa_convert.steps import Copy, ShardPlan
+from pissa_convert.plans.merge_plan import MergePlan
+from pissa_convert.plans.merge_steps import Dequantise, Merge
+from pissa_convert.plans.steps import Copy, ShardPlan
 from pissa_convert.transforms.check import same_bytes, widened
 
 _TOLERANCE = 1.01
@@ -69,8 +70,9 @@ def compare_merged(
             return [FormatError("the size differs", file=path, expected=f"{size} bytes", found=found)], []
     old, new = Side(shard.source.path, seen), Side(plan.dest / shard.name, seen)
     try:
-        with FactorFile(plan.adapter.file.path) as factors:
-            findings, errors = _compare(plan, shard, manifest, MergeLane(factors), (old, new))
+        with adapter_file(plan) as factors:
+            lane = MergeLane(factors, NativeBackend(1))
+            findings, errors = _compare(plan, shard, manifest, lane, (old, new))
     except PissaError as error:
         return [error], []
     finally:
@@ -99,10 +101,14 @@ def _compare(
                     found = ", ".join(step.tensors[:2])
                     findings.append(FormatError("what was copied differs from SOURCE's", file=new.path, found=found))
             continue
-        assert isinstance(step, Merge)
+        assert isinstance(step, Merge | Dequantise)
         buffer = memoryview(bytearray(step.nbytes))
         source, stored = old.read(step.begin, step.end), new.read(step.at, step.stop)
         buffer[step.source] = source
+        if isinstance(step, Dequantise):
+            lane.read_back(step, buffer)
+            buffer, step = buffer[step.matrix], step.merge
+            source = memoryview(bytes(buffer[step.source]))
         lane(step, shard.source.path, buffer)
         _compare_head(plan, step, buffer, findings)
         if step.main.change.pair is None:

@@ -11,8 +11,8 @@ import numpy as np
 from pissa_convert.engine.factors import FactorFile
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.gguf_types import TYPES
-from pissa_convert.gguf_names import permute
-from pissa_convert.gguf_origins import Origin, as_rows
+from pissa_convert.plans.gguf.names import permute
+from pissa_convert.plans.gguf.origins import Origin, as_rows
 from pissa_convert.transforms.ggml import Array, decode
 
 

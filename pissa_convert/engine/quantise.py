@@ -9,12 +9,11 @@ from typing import Any, cast
 from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.run import ProgressCallback, carry_out
 from pissa_convert.engine.workers import Workers
-from pissa_convert.linalg import Backend
+from pissa_convert.linalg import Backend, QuantisingBackend
 from pissa_convert.memory import peak_resident_bytes
-from pissa_convert.quant_plan import QuantPlan
-from pissa_convert.quant_stats import overall
+from pissa_convert.plans.quant_plan import QuantPlan
+from pissa_convert.plans.quant_stats import overall
 from pissa_convert.report import QuantReport
-from pissa_convert.transforms.alternate import QuantisingBackend
 from pissa_convert.transforms.quantise import QuantiseLane
 
 

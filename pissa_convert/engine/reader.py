@@ -18,8 +18,8 @@ from pissa_convert.engine.reading import hash_file, open_to_read, read_exactly
 from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard
 from pissa_convert.errors import ConversionError
 from pissa_convert.memory import CHUNK, chunks
+from pissa_convert.plans.steps import Copy
 from pissa_convert.report import Timings
-from pissa_convert.steps import Copy
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
 from pissa_convert.engine.work import ModelPlan, Shard, Slots
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.memory import CHUNK
-from pissa_convert.steps import Change, Copy, ShardPlan, Stats
+from pissa_convert.plans.steps import Change, Copy, ShardPlan, Stats
 
 
 @dataclass

@@ -28,13 +28,13 @@ from pissa_convert.engine.recovery import recover
 from pissa_convert.engine.work import ModelPlan
 from pissa_convert.engine.workers import MakeLanes, Workers, open_beside
 from pissa_convert.errors import ConversionError
-from pissa_convert.fingerprint import identity
 from pissa_convert.formats.manifest import FileRecord, manifest_name, read_manifest
 from pissa_convert.linalg import Backend
 from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
-from pissa_convert.planning import Plan
+from pissa_convert.plans.fingerprint import identity
+from pissa_convert.plans.split_plan import Plan
+from pissa_convert.plans.steps import changes_of
 from pissa_convert.report import Report, Timings
-from pissa_convert.steps import changes_of
 from pissa_convert.transforms.split import split_step
 
 __all__ = ["Outcome", "ProgressCallback", "carry_out", "run", "split_lanes"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,19 +12,22 @@ from pissa_convert.engine.comparison import Adapter, compare_shard
 from pissa_convert.engine.gguf_check import compare_gguf, compare_gguf_adapter, plan_again
 from pissa_convert.engine.lora_check import compare_lora
 from pissa_convert.engine.merge_check import compare_merged
+from pissa_convert.engine.quant_check import compare_quantised
 from pissa_convert.engine.reading import check_file
 from pissa_convert.errors import FormatError, PissaError, RequestError
 from pissa_convert.formats.adapter import WEIGHTS_NAME
 from pissa_convert.formats.checkpoint import check_inside
 from pissa_convert.formats.manifest import FileRecord, Manifest
 from pissa_convert.formats.model_card import CARD_NAME
-from pissa_convert.gguf_adapter_plan import GgufAdapterPlan
-from pissa_convert.gguf_plan import GgufPlan
-from pissa_convert.init_planning import stored_init
-from pissa_convert.merge_plan import ADAPTER_PREFIX
-from pissa_convert.merge_planning import plan_merge
-from pissa_convert.options import RunOptions, merge_options
-from pissa_convert.planning import ADAPTER_FOLDER
+from pissa_convert.linalg.native import NativeBackend
+from pissa_convert.options import RunOptions, merge_options, quant_options
+from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+from pissa_convert.plans.gguf.plan import GgufPlan
+from pissa_convert.plans.init_planning import stored_init
+from pissa_convert.plans.merge_plan import ADAPTER_PREFIX
+from pissa_convert.plans.merge_planning import plan_merge
+from pissa_convert.plans.quant_planning import plan_quantised
+from pissa_convert.plans.split_plan import ADAPTER_FOLDER
 
 Finding = tuple[list[PissaError], list[float]]
 """What differs, and measured relative errors."""
@@ -56,6 +60,8 @@ class Origins:
         if manifest.head["to"] == "gguf":
             return  # that is refused when it is planned again
         partner = {"lora": "init", "merged": "adapter"}.get(manifest.head["to"])
+        if partner == "adapter" and not _has_adapter(manifest):
+            partner = None
         for name in ("init", "adapter", "base_gguf", "base"):
             given = getattr(self, name) is not None
             if given and name != partner:
@@ -66,9 +72,13 @@ class Origins:
                 raise RequestError("the result was made from two folders", file=dest, fix=fix)
 
 
+def _has_adapter(manifest: Manifest) -> bool:
+    return any(name.startswith(ADAPTER_PREFIX) for name in manifest.source)
+
+
 def jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
     """The jobs; each can run in any thread."""
-    by_target = {"lora": _lora_jobs, "merged": _merged_jobs}
+    by_target = {"lora": _lora_jobs, "merged": _merged_jobs, "qpissa": _quantised_jobs}
     if "outtype" in manifest.head["options"]:
         yield from _gguf_jobs(dest, origins, manifest, seen)
         return
@@ -92,6 +102,25 @@ def _split_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) ->
             yield partial(_check_file, dest / name, record, seen)
 
 
+def _quantised_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
+    shards: set[str] = set()
+    if origins.source is not None:
+        options = dict(manifest.head["options"])
+        options["passes"] = options["passes"] or "auto"
+        plan = plan_quantised(origins.source, dest, quant_options(**options), RunOptions(), NativeBackend(1))
+        for name, record in manifest.source.items():
+            if name not in manifest.shards:
+                yield partial(_check_source, origins.source, name, record, manifest, seen, plan.last_texts)
+        with suppress(PissaError):  # the adapter's own check names it; without it there is nothing to compare
+            adapter = Adapter(dest / ADAPTER_FOLDER / WEIGHTS_NAME)
+            for shard in plan.shards:
+                shards.add(shard.name)
+                yield partial(compare_quantised, plan, shard, manifest, adapter, seen)
+    for name, record in manifest.output.items():
+        if name not in shards:
+            yield partial(_check_file, dest / name, record, seen)
+
+
 def _lora_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
     for name, record in manifest.output.items():
         yield partial(_check_file, dest / name, record, seen)
@@ -106,12 +135,12 @@ def _lora_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> 
 
 def _merged_jobs(dest: Path, origins: Origins, manifest: Manifest, seen: Seen) -> Iterator[Callable[[], Finding]]:
     shards: set[str] = set()
-    if origins.source is not None and origins.adapter is not None:
+    if origins.source is not None and (origins.adapter is not None or not _has_adapter(manifest)):
         options = merge_options(**manifest.head["options"])
         plan = plan_merge(origins.source, origins.adapter, dest, options, RunOptions(), 1)
         shards = {shard.name for shard in plan.shards}
         for name, record in manifest.source.items():
-            if name.startswith(ADAPTER_PREFIX):
+            if origins.adapter is not None and name.startswith(ADAPTER_PREFIX):
                 yield partial(_check_file, origins.adapter / name.removeprefix(ADAPTER_PREFIX), record, seen)
             elif name not in {shard.source_name for shard in plan.shards}:
                 yield partial(_check_file, origins.source / name, record, seen)
@@ -148,13 +177,15 @@ def _check_file(path: Path, record: FileRecord, seen: Seen) -> Finding:
     return check_file(path, record, seen), []
 
 
-def _check_source(source: Path, name: str, record: FileRecord, manifest: Manifest, seen: Seen) -> Finding:
+def _check_source(
+    source: Path, name: str, record: FileRecord, manifest: Manifest, seen: Seen, made: Iterable[str] = ()
+) -> Finding:
     """A file beside the weights: it must be what was converted, and the result's copy of it must be the same."""
     try:
         check_inside(source, source / name)
     except PissaError as error:
         return [error], []
     findings = check_file(source / name, record, seen)
-    if name in manifest.output and name != CARD_NAME and manifest.output[name] != record:
+    if name in manifest.output and name not in (CARD_NAME, *made) and manifest.output[name] != record:
         findings.append(FormatError("the manifest says that it was copied, with another digest", file=source / name))
     return findings, []

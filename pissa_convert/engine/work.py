@@ -14,7 +14,7 @@ from pissa_convert.engine.digest import Digest, sha256
 from pissa_convert.engine.hashing import Ticket
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.memory import MemoryPlan
-from pissa_convert.steps import Change, Copy, ShardPlan, Stats
+from pissa_convert.plans.steps import Change, Copy, ShardPlan, Stats
 
 Transform = Callable[[Any, Path, memoryview], Stats]
 """Does a step's work on its buffer, which begins with the source's bytes; the source file is named in errors."""

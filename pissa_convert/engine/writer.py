@@ -15,8 +15,8 @@ from pissa_convert.engine.digest import sha256
 from pissa_convert.engine.files import PartialFile
 from pissa_convert.engine.hashing import Hashing, Ticket
 from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard, Slots
+from pissa_convert.plans.steps import Stats
 from pissa_convert.report import Timings
-from pissa_convert.steps import Stats
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pissa_convert import _core
+from pissa_convert.errors import WeightError
 from pissa_convert.linalg import FourBit, FourBitSpec
 
 Tensor = tuple[str, str, tuple[int, ...]]
@@ -79,6 +82,31 @@ def fill(out: memoryview, tensors: Sequence[Tensor], stored: FourBit) -> None:
         data = contents.get(tensor) or quant_state(spec, stored.offset).ljust(size)
         out[at : at + size] = data
         at += size
+
+
+def unpack(data: memoryview, tensors: Sequence[Tensor], spec: FourBitSpec) -> FourBit:
+    """The inverse of `fill`: a quantised weight from the bytes of its tensors, with the tables that are stored there.
+
+    Raises:
+        WeightError: what is stored of it is damaged.
+    """
+    parts, at = {}, 0
+    for name, dtype, shape in tensors:
+        size = shape[0] * (4 if dtype == "F32" else 1)
+        parts[name.removeprefix(tensors[0][0])] = data[at : at + size]
+        at += size
+    if not spec.nested:
+        absmax = parts[".absmax"]
+        return FourBit(spec, parts[""], absmax, absmax[:0], absmax[:0])
+    codes, largest, table = parts[".absmax"], parts[".nested_absmax"], parts[".nested_quant_map"]
+    try:
+        offset = json.loads(bytes(parts[f".quant_state.bitsandbytes__{spec.code}"]))["nested_offset"]
+        values = np.frombuffer(table, np.float32)[np.frombuffer(codes, np.uint8)]
+        scales = np.repeat(np.frombuffer(largest, np.float32), NESTED_BLOCK)[: spec.blocks]
+        absmax = memoryview((values * scales + np.float32(offset)).tobytes())
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightError(f"its quant_state is damaged ({error})", fix="make the conversion again") from error
+    return FourBit(spec, parts[""], absmax, codes, largest, offset)
 
 
 def quantization_config(code: str, nested: bool, compute_dtype: str, skipped: Sequence[str] | None) -> dict[str, Any]:

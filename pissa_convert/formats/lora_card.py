@@ -30,16 +30,28 @@ model = PeftModel.from_pretrained(model, "this-folder")
 ```
 """
 
+_QUANTISED = """
+The training ran on a **4-bit base**, whose sum with the initial adapter is not quite the original: ‖W − (Q + s·B·A)‖ is
+{error:.2%} of ‖W‖ over the adapted layers. The original with this LoRA differs from what was trained by that much,
+which is not the LoRA's rounding. Who wants exactly what was trained merges the trained adapter into the 4-bit base
+instead (`--to merged`), or serves it on that base read back (`--to merged --exact-base`).
+"""
+
 _ABOUT_THE_INIT = ("corda_config", "eva_config", "lora_ga_config", "loftq_config", "peft_version")
 
 
-def lora_card(ranks: Mapping[str, int], dtype: str, version: str) -> bytes:
-    """The card; `ranks` is each module's."""
+def lora_card(ranks: Mapping[str, int], dtype: str, version: str, base_error: float | None) -> bytes:
+    """The card.
+
+    Args:
+        ranks: each module's.
+        base_error: ‖W − (Q + s·B·A)‖/‖W‖ of the 4-bit base that the training ran on, if it did.
+    """
     low, high = min(ranks.values()), max(ranks.values())
     text = _CARD.format(
         version=version, ranks=f"{low}" if low == high else f"{low} to {high}", modules=len(ranks), dtype=dtype
     )
-    return text.encode()
+    return (text if base_error is None else text + _QUANTISED.format(error=base_error)).encode()
 
 
 def lora_config(trained: Mapping[str, Any], base: str | None, ranks: Mapping[str, int]) -> bytes:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pissa_convert.formats.model_card import ORIGINAL_FOLLOWS, split_front_matter
+from pissa_convert.formats.model_card import ORIGINAL_FOLLOWS, RESIDUAL_TITLE, split_front_matter
+from pissa_convert.formats.quant_card import QUANTISED_TITLE
 
 _CARD = """# Merged model
 
@@ -15,23 +16,37 @@ tensors changed{dtype}. The model is complete and needs no adapter. `pissa_conve
 here and of what it was made from, and the rounding error of each weight.
 """
 
+_BASE_CARD = """# Base of a QPiSSA adapter, read back from 4 bits
 
-def merged_card(original: bytes | None, tensors: int, dtype: str | None, version: str) -> bytes:
-    """The card: ours, then that of the model, without what a split put before it."""
-    ours = _CARD.format(version=version, tensors=tensors, dtype=f", and all became {dtype}" if dtype else "")
+The weights of a 4-bit base as bitsandbytes reads them, written out by pissa-convert {version}{dtype}: what an adapter
+was trained on, bit by bit, for servers that do not take 4-bit weights. **This is not a complete model**: the adapter
+belongs on it.
+"""
+
+
+def merged_card(original: bytes | None, tensors: int | None, dtype: str | None, version: str) -> bytes:
+    """The card: ours, then that of the model, without what a split put before it.
+
+    Args:
+        tensors: that an adapter has changed; None where there is none.
+    """
+    became = f", and all became {dtype}" if dtype else ""
+    ours = (_BASE_CARD if tensors is None else _CARD).format(version=version, tensors=tensors, dtype=became)
     if original is None:
         return ours.encode()
     front, body = split_front_matter(original.decode("utf-8", "surrogateescape"))
     residual, marker, kept = body.partition(ORIGINAL_FOLLOWS)
     if not marker:
-        kept = "" if "# Residual model with its PiSSA adapter" in residual else residual
+        ours_alone = any(title in residual for title in (RESIDUAL_TITLE, QUANTISED_TITLE))
+        kept = "" if ours_alone else residual
     card = f"{front}\n{ours}" + (f"\n---\n\n{ORIGINAL_FOLLOWS}\n\n{kept.lstrip()}" if kept.strip() else "")
     return card.lstrip("\n").encode("utf-8", "surrogateescape")
 
 
 def merged_config(text: bytes, dtype: str | None, untied: bool) -> bytes:
-    """config.json with what has changed: the dtype, and that the output head is tied no longer."""
+    """config.json with what has changed: the dtype, that the output head is tied no longer, or no weight quantised."""
     config = json.loads(text)
+    config.pop("quantization_config", None)
     if dtype is not None:
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             for name in ("dtype", "torch_dtype"):

@@ -9,7 +9,11 @@ CARD_NAME = "README.md"
 ORIGINAL_FOLLOWS = "*The card of the original model follows.*"
 """The line between our card and the source's."""
 
-_CARD = """# Residual model with its PiSSA adapter
+RESIDUAL_TITLE = "# Residual model with its PiSSA adapter"
+
+_CARD = (
+    RESIDUAL_TITLE
+    + """
 
 **This folder is not a complete model.** Its weights are the *residual* of the original ones: the {rank} largest
 singular directions of each targeted linear layer were moved into the adapter in `pissa_init/`. The two belong together;
@@ -40,6 +44,7 @@ Keep `pissa_init/` as it is: what training has changed can only be told by compa
 `pissa_convert.json` holds the digests of every file, and for every layer its singular values, the share of its energy
 that the adapter took, and the rounding error of storing it.
 """
+)
 
 
 def split_front_matter(card: str) -> tuple[str, str]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pissa_convert.formats.model_card import with_original
 from pissa_convert.options import QuantOptions
 
-_CARD = """# 4-bit base with its QPiSSA adapter
+QUANTISED_TITLE = "# 4-bit base with its QPiSSA adapter"
+
+_CARD = (
+    QUANTISED_TITLE
+    + """
 
 **This folder is not a complete model.** Its linear layers hold the 4-bit *rest* of the original weights: the largest
 singular directions of each targeted layer are in the adapter in `pissa_init/`, in full precision. The two belong
@@ -37,6 +41,7 @@ Keep `pissa_init/` as it is: what training has changed can only be told by compa
 `pissa_convert.json` holds the digests of every file and for every layer ‖W − (Q + s·B·A)‖/‖W‖, and how much smaller
 that difference is than that of quantising W itself.
 """
+)
 
 
 def quantised_card(

@@ -243,12 +243,22 @@ class Quantiser(Protocol):
     def norm(self, values: memoryview, dtype: str) -> float:
         """Frobenius norm of values in "F32", "F16" or "BF16"."""
 
-    def nuclear_norm(self, values: memoryview, rows: int, cols: int) -> float:
-        """Sum of the singular values of a float32 matrix."""
+    def nuclear_norm(self, values: memoryview, rows: int, cols: int) -> tuple[float, bool]:
+        """Sum of the singular values of a float32 matrix, and whether that is an estimate."""
+
+    def nuclear_norm_workspace_bytes(self, rows: int, cols: int, threads: int) -> int:
+        """Upper bound of the memory that it takes."""
 
     def relax(self, stored: FourBit, difference: memoryview, relaxation: float, target: memoryview) -> None:
         """target ← target + relaxation·(difference + Q − target); `target` in the dtype of `stored`, `difference`
         float32."""
+
+
+class QuantisingBackend(Backend, Quantiser, Protocol):
+    """Both: what it takes to fit an adapter and a quantised base to one another."""
+
+    def with_threads(self, threads: int) -> QuantisingBackend:
+        """See `Backend.with_threads`."""
 
 
 def tensor_key(seed: int, name: str) -> int:

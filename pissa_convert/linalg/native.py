@@ -124,7 +124,7 @@ class NativeBackend:
         """See `Quantiser.norm`."""
         return self._splitter.norm(values, dtype)
 
-    def nuclear_norm(self, values: memoryview, rows: int, cols: int) -> float:
+    def nuclear_norm(self, values: memoryview, rows: int, cols: int) -> tuple[float, bool]:
         """See `Quantiser.nuclear_norm`."""
         return self._splitter.nuclear_norm(values, rows, cols, "F32")
 
@@ -134,6 +134,10 @@ class NativeBackend:
         self._splitter.relax_towards(
             target, difference, relaxation, spec.dtype, spec.code, stored.packed, stored.absmax
         )
+
+    def nuclear_norm_workspace_bytes(self, rows: int, cols: int, threads: int) -> int:
+        """See `Quantiser.nuclear_norm_workspace_bytes`."""
+        return _core.nuclear_norm_workspace_bytes(rows, cols, threads)
 
     def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
         """See `Backend.workspace_bytes`."""

@@ -15,18 +15,13 @@ LoftQ (arXiv 2310.08659) is the same alternation, plain, from A = B = 0.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from pissa_convert.linalg import Backend, FourBit, FourBitSpec, Quantiser, SplitSpec
+from pissa_convert.linalg import FourBit, FourBitSpec, QuantisingBackend, SplitSpec
 
 _RELAXATION = 2.0
 
 _GAIN = 1e-3
 """A turn that lowers the error by a smaller part of it is the last."""
-
-
-class QuantisingBackend(Backend, Quantiser, Protocol):
-    """Both halves of the alternation."""
 
 
 @dataclass

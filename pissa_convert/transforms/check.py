@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from pissa_convert import _core
+from pissa_convert.linalg import FourBit
 from pissa_convert.transforms import bfloat16
 
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -17,6 +19,20 @@ def widened(data: memoryview, dtype: str, shape: tuple[int, ...]) -> _Array:
         return bfloat16.widen(np.frombuffer(data, np.uint16)).reshape(shape).astype(float)
     kinds: dict[str, Any] = {"F32": np.float32, "F16": np.float16}
     return np.frombuffer(data, kinds[dtype]).reshape(shape).astype(float)
+
+
+def read_back(stored: FourBit) -> _Array:
+    """A 4-bit weight as a float32 array (out × in), by its tables and in the dtype that bitsandbytes gives it."""
+    spec = stored.spec
+    packed = np.frombuffer(stored.packed, np.uint8)
+    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: spec.rows * spec.cols]
+    values = np.array(_core.code_values(spec.code), np.float32)[codes]
+    values *= np.repeat(np.frombuffer(stored.absmax, np.float32), 64)[: len(values)]
+    if spec.dtype == "BF16":
+        values = bfloat16.widen(bfloat16.narrow(values))
+    elif spec.dtype == "F16":
+        values = values.astype(np.float16).astype(np.float32)
+    return values.reshape(spec.rows, spec.cols)
 
 
 def squared_error(weight: _Array, residual: _Array, left: _Array, right: _Array) -> tuple[float, float]:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pissa_convert.gguf_steps import VALUES, GgufSplit
 from pissa_convert.linalg import Backend, SplitStats
+from pissa_convert.plans.gguf.steps import VALUES, GgufSplit
 from pissa_convert.transforms.ggml import decode, store
 from pissa_convert.transforms.merge import MergeStats
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from pissa_convert.errors import WeightError
-from pissa_convert.lora_plan import LoraPlan, Module, ModuleResult
 from pissa_convert.options import ADAPTER_DTYPES
+from pissa_convert.plans.lora_plan import LoraPlan, Module, ModuleResult
 from pissa_convert.transforms.delta import (
     Array,
     Product,

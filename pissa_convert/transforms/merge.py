@@ -110,3 +110,10 @@ def _store(values: Array, dtype: str, out: Any) -> None:
 def _stats(exact: Array, stored: Array) -> MergeStats:
     difference = stored - exact
     return MergeStats(float(np.vdot(difference, difference)), float(np.vdot(exact, exact)))
+
+
+def transposed(matrix: memoryview, rows: int, columns: int) -> bytes:
+    """The bytes of a matrix, cols × rows instead of rows × cols."""
+    width = len(matrix) // (rows * columns)
+    values: Any = np.frombuffer(matrix, f"u{width}")
+    return bytes(values.reshape(rows, columns).T.tobytes())

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.bitsandbytes import fill
-from pissa_convert.linalg import FourBit, FourBitSpec, SplitSpec
-from pissa_convert.quant_stats import QuantStats
-from pissa_convert.quant_steps import Quantise
-from pissa_convert.transforms.alternate import QuantisingBackend, alternate, loftq
+from pissa_convert.linalg import FourBit, FourBitSpec, QuantisingBackend, SplitSpec
+from pissa_convert.plans.quant_stats import QuantStats
+from pissa_convert.plans.quant_steps import Quantise
+from pissa_convert.transforms.alternate import alternate, loftq
+from pissa_convert.transforms.merge import transposed
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,9 @@ class QuantiseLane:
 
     def _quantise(self, step: Quantise, buffer: memoryview) -> QuantStats:
         form = step.treatment.format
-        weight = _as_out_by_in(buffer[step.source], form) if step.treatment.transposed else buffer[step.source]
+        weight = buffer[step.source]
+        if step.treatment.transposed:
+            weight = memoryview(transposed(weight, form.cols, form.rows))
         base, factors, stats = self.quantise(weight, form, step.treatment.split)
         fill(buffer[step.result], step.stored, base)
         for (part, _), factor in zip(step.beside, factors, strict=True):
@@ -67,19 +68,14 @@ class QuantiseLane:
         norm, plain_error = backend.norm(weight, form.dtype), backend.norm(difference, "F32")
         if split is None:
             return plain, (), QuantStats(norm, plain_error, plain_error)
-        plain_nuclear = backend.nuclear_norm(difference, form.rows, form.cols)
+        plain_nuclear, estimated = backend.nuclear_norm(difference, form.rows, form.cols)
         del difference
         found = alternate(weight, split, form, self.iterations, backend)
-        nuclear = backend.nuclear_norm(found.difference, form.rows, form.cols)
-        stats = QuantStats(norm, found.error, plain_error, nuclear, plain_nuclear, iterations=found.iterations)
+        nuclear, _ = backend.nuclear_norm(found.difference, form.rows, form.cols)
+        stats = QuantStats(norm, found.error, plain_error, nuclear, plain_nuclear)
+        stats = replace(stats, iterations=found.iterations, estimated=estimated)
         if self.compare_loftq:
             other = loftq(weight, split, form, self.iterations, backend)
-            nuclear = backend.nuclear_norm(other.difference, form.rows, form.cols)
+            nuclear, _ = backend.nuclear_norm(other.difference, form.rows, form.cols)
             stats = replace(stats, loftq_error=other.error, loftq_nuclear=nuclear)
         return found.base, (found.a, found.b), stats
-
-
-def _as_out_by_in(weight: memoryview, form: FourBitSpec) -> memoryview:
-    kind = np.uint32 if form.dtype == "F32" else np.uint16
-    stored = np.frombuffer(weight, kind).reshape(form.cols, form.rows)
-    return memoryview(np.ascontiguousarray(stored.T).tobytes())

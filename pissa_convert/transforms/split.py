@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pissa_convert.errors import WeightError
 from pissa_convert.linalg import Backend, SplitStats
-from pissa_convert.steps import Split
+from pissa_convert.plans.steps import Split
 
 
 def split_step(step: Split, file: Path, buffer: memoryview, backend: Backend) -> SplitStats:

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from checkpoints import digests, llm_like, write_model
 from interrupting import COMMAND, OPTIONS
 
@@ -30,6 +31,19 @@ def test_a_refused_run_says_how_much_memory_it_needs_and_that_is_enough(tmp_path
     assert json.loads((tmp_path / "log").read_text())["peak_memory"] <= int(needed[1]) << 20
     convert(source, tmp_path / "fresh", rank=4)
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_peak_is_as_planned(tmp_path: Path, threads: int) -> None:
+    weights = {f"x.{n}.q_proj.weight": llm_like(64, 64, n).repeat(20, 20) for n in range(30)}
+    source = write_model(tmp_path / "in", weights)
+    command = [COMMAND, str(source), str(tmp_path / "out"), *OPTIONS, "--threads", str(threads)]
+    planned = subprocess.run([*command, "--plan"], capture_output=True, text=True, check=True).stdout
+    subprocess.run([*command, "--quiet", "--log-json", str(tmp_path / "log")], check=True)
+    found = json.loads((tmp_path / "log").read_text())["peak_memory"]
+    expected = re.search(r"^memory +(\d+) bytes", planned, re.MULTILINE)
+    assert expected is not None
+    assert abs(int(expected[1]) / found - 1) <= 0.2
 
 
 def test_memory_in_flight_never_exceeds_the_budget_and_no_buffer_overlaps_another() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,11 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import digests, llm_like, write_model
 
 from pissa_convert import convert
-from pissa_convert.engine.files import PartialFile
+from pissa_convert.engine import files
+from pissa_convert.engine.files import PartialFile, write_file
 from pissa_convert.errors import ConversionError, RequestError
 
 LARGE = {f"model.layers.{n}.mlp.up_proj.weight": llm_like(700, 500, n) for n in range(2)}
@@ -118,6 +122,45 @@ def test_a_file_system_without_direct_writes_gets_the_same_bytes(
     convert(source, tmp_path / "cached", rank=4)
     assert refused[0] > 0
     assert digests(tmp_path / "cached") == digests(tmp_path / "direct")
+
+
+def cached_bytes(path: Path) -> int:
+    """How much of a file lies in the page cache, in whole pages, without touching any."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        pages = np.zeros(-(-len(view) // mmap.PAGESIZE), np.uint8)
+        address, length = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(view))
+        assert ctypes.CDLL(None).mincore(address, length, ctypes.c_void_p(pages.ctypes.data)) == 0
+        del view
+    return mmap.PAGESIZE * int((pages & 1).sum())
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_what_is_written_does_not_fill_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_direct: bool
+) -> None:
+    probe = tmp_path / "probe"
+    write_file(probe, bytes(16 << 20))
+    if cached_bytes(probe) > 4 << 20:
+        pytest.skip("this file system keeps its files in memory")
+    source = write_model(tmp_path / "in", {"x.0.mlp.up_proj.weight": llm_like(64, 64).repeat(32, 32)})
+    monkeypatch.setattr(files, "_WINDOW", 1 << 20)
+    if not is_direct:
+        monkeypatch.setattr(PartialFile, "_open_direct", lambda file: None)
+    before: dict[str, int] = {}
+    real = PartialFile.commit
+
+    def committing(file: PartialFile) -> None:
+        before[file.path.name] = cached_bytes(file.partial)
+        real(file)
+
+    monkeypatch.setattr(PartialFile, "commit", committing)
+    convert(source, tmp_path / "out", rank=4)
+    shard = tmp_path / "out" / "model.safetensors"
+    assert shard.stat().st_size > 16 << 20
+    # The kernel may keep a few pages that it was about to put on its lists.
+    assert before[shard.name] < 6 << 20
+    assert cached_bytes(shard) < 4 << 20
 
 
 @pytest.mark.parametrize("at", [0, 300, -1])

@@ -17,7 +17,7 @@ from pissa_convert.engine.workers import InProcess
 from pissa_convert.errors import ConversionError, PissaError, RequestError
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.memory import footprint
-from pissa_convert.steps import flights
+from pissa_convert.plans.steps import flights
 
 
 def test_committed_work_is_not_read_again(source: Path, expected: dict[str, str], tmp_path: Path) -> None:
