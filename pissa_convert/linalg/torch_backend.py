@@ -14,6 +14,7 @@ import torch
 
 from pissa_convert.errors import RequestError, WeightError
 from pissa_convert.linalg import SplitSpec, SplitStats
+from pissa_convert.linalg.torch_basis import Note
 from pissa_convert.linalg.torch_device import Device
 from pissa_convert.linalg.torch_krylov import Factors, device_bytes, factorize
 from pissa_convert.linalg.torch_matrix import CHUNK, Matrix
@@ -103,26 +104,44 @@ class TorchBackend:
 
     def _split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec, chunk: int) -> SplitStats:
         values = torch.empty(spec.rows, spec.cols, dtype=_DTYPES[spec.dtype], device=self._device)
-        as_bytes(values).copy_(torch.frombuffer(weight.cast("B"), dtype=torch.uint8), non_blocking=True)
-        matrix = Matrix(values, chunk=chunk)
-        factors = factorize(matrix, spec, self._home.warnings.append)
-        left, right = _as_stored(factors, spec)
-        exponent = int(np.frexp(factors.sigma[0])[1]) - 1 if factors.sigma[0] > 0 else 0
-        norm, error = matrix.at(exponent).subtract(left, right, spec.scaling)
-        if not np.isfinite(error):
-            raise WeightError("the weight has a residual that overflows its dtype", fix="exclude the module")
-        if spec.fan_in_fan_out:
-            left, right = right, left
-        adapter_dtype = _DTYPES[spec.adapter_dtype]
-        made = (a, right.to(adapter_dtype)), (b, left.T.to(adapter_dtype).contiguous()), (weight, values)
-        for place, tensor in made:
-            torch.frombuffer(place.cast("B"), dtype=torch.uint8).copy_(as_bytes(tensor), non_blocking=True)
+        _as_bytes(values).copy_(torch.frombuffer(weight.cast("B"), dtype=torch.uint8), non_blocking=True)
+        made_a, made_b, stats = split_values(values, spec, self._home.warnings.append, chunk)
+        for place, made in ((a, made_a), (b, made_b), (weight, values)):
+            torch.frombuffer(place.cast("B"), dtype=torch.uint8).copy_(_as_bytes(made), non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
-        return SplitStats.of(factors.sigma.tolist(), norm, error, factors.estimated_deficit, factors.passes)
+        return stats
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+def split_values(
+    values: torch.Tensor, spec: SplitSpec, note: Note, chunk: int = CHUNK
+) -> tuple[torch.Tensor, torch.Tensor, SplitStats]:
+    """Split a weight where it lies: `values` (rows × cols) become the residual.
+
+    Args:
+        note: takes what the user should know of.
+        chunk: values that are widened at a time.
+
+    Returns:
+        A (rank × in) and B (out × rank) in the adapter's dtype, and the statistics.
+
+    Raises:
+        WeightError: see `Backend.split`.
+    """
+    matrix = Matrix(values, chunk=chunk)
+    factors = factorize(matrix, spec, note)
+    left, right = _as_stored(factors, spec)
+    exponent = int(np.frexp(factors.sigma[0])[1]) - 1 if factors.sigma[0] > 0 else 0
+    norm, error = matrix.at(exponent).subtract(left, right, spec.scaling)
+    if not np.isfinite(error):
+        raise WeightError("the weight has a residual that overflows its dtype", fix="exclude the module")
+    a, b = (left, right.T) if spec.fan_in_fan_out else (right, left.T)
+    dtype = _DTYPES[spec.adapter_dtype]
+    stats = SplitStats.of(factors.sigma.tolist(), norm, error, factors.estimated_deficit, factors.passes)
+    return a.to(dtype).contiguous(), b.to(dtype).contiguous(), stats
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor. In a file, and so in its buffer, a value may lie anywhere."""
     return tensor.view(-1).view(torch.uint8)
 
