@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import smollm2
@@ -62,3 +63,44 @@ def smol_gguf(smol_layers: int, tmp_path_factory: pytest.TempPathFactory) -> dic
     from gguf_models import smollm2_by_type
 
     return smollm2_by_type(tmp_path_factory.mktemp("gguf"), smol_layers)
+
+
+@pytest.fixture(scope="session")
+def tokens(smol32: Path) -> list[int]:
+    """The beginning of a text."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(smol32)(smollm2.TEXT)["input_ids"]
+    return list(ids[:100])
+
+
+@pytest.fixture(scope="session")
+def smol_logits(smol_gguf: dict[str, Path], tokens: list[int]) -> Any:
+    """What llama.cpp says of it."""
+    import llamacpp
+
+    return llamacpp.logits(smol_gguf["F32"], tokens)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A random bf16 llama in several shards."""
+    import torch
+    from gguf_small import CONFIG
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.rand_like(parameter)
+    model.save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def template(small: Path, tmp_path: Path) -> Path:
+    """Its F16 GGUF."""
+    from checkpoints import load_all
+    from gguf_small import small_gguf
+
+    return small_gguf(load_all(small), tmp_path / "template.gguf")

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from pissa_convert import plan
 from pissa_convert.errors import FormatError, PissaError, RequestError
 from pissa_convert.formats import gguf
-from pissa_convert.formats.gguf import FLOAT32, STRING, UINT32, encode_pair, lay_out, read_gguf
+from pissa_convert.formats.gguf import FLOAT32, STRING, UINT32, read_gguf
+from pissa_convert.formats.gguf_layout import encode_pair, lay_out
 from pissa_convert.plans.gguf.model import open_base
 
 V = "model.layers.0.self_attn.v_proj"

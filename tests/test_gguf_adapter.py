@@ -10,13 +10,12 @@ from typing import Any
 import llamacpp
 import numpy as np
 import pytest
-import smollm2
 import torch
 from adapters import tensors_of, write
 from checkpoints import load_all
 from gguf_models import keys_of, packaged_smollm2, types_of, values_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from pissa_convert import convert, plan
 from pissa_convert.cli import main
@@ -28,12 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 Q, K, V = (f"model.layers.0.self_attn.{side}_proj" for side in "qkv")
 SHAPES = {Q: (24, 16), K: (8, 16), V: (8, 16)}
 """A llama of 6 heads, 2 key heads, 4 values each."""
-
-
-@pytest.fixture(scope="module")
-def tokens(smol32: Path) -> list[int]:
-    ids = AutoTokenizer.from_pretrained(smol32)(smollm2.TEXT)["input_ids"]
-    return list(ids[:120])
 
 
 @pytest.fixture(scope="module")

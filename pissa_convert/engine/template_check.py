@@ -44,6 +44,9 @@ def proven_origins(template: BaseGguf, origins: Mapping[str, Origin], layout: La
         for names in kinds_of(origins).values():
             found = [_proven(name, template, origins[name], layout, model, file) for name in _spread(names)]
             heads, added = found[0].heads is not None, found[0].added
+            for name, other in zip(_spread(names), found, strict=True):
+                if (other.heads is not None, other.added) != (heads, added):
+                    raise _stranger(name, origins[name], file)
             for name in names:
                 wanted = _heads(name, layout) if heads else None
                 proven[name] = replace(origins[name], heads=wanted, added=added)
@@ -67,15 +70,20 @@ def _proven(
     candidates = [origin] if layout.is_known else list(_candidates(name, origin, layout))
     distances = [_distance(tensor, candidate, model, file) for candidate in candidates]
     best = int(np.argmin(distances))
-    if not distances[best] < 1.0:
-        raise RequestError(
-            "the template is not a GGUF of this model: its values have nothing in common with the model's",
-            file=file.path,
-            tensor=name,
-            expected=f"those of {origin.parts[0][1].name}",
-            fix="give a GGUF of the model itself, or of the one that it was trained from, as --base-gguf",
-        )
+    # A bias may have been zero before the training.
+    if not distances[best] < 1.0 and not name.endswith(".bias"):
+        raise _stranger(name, origin, file)
     return candidates[best]
+
+
+def _stranger(name: str, origin: Origin, file: FactorFile) -> RequestError:
+    return RequestError(
+        "the template is not a GGUF of this model: its values have nothing in common with the model's",
+        file=file.path,
+        tensor=name,
+        expected=f"those of {origin.parts[0][1].name}",
+        fix="give a GGUF of the model itself, or of the one that it was trained from, as --base-gguf",
+    )
 
 
 def _candidates(name: str, origin: Origin, layout: Layout) -> Iterator[Origin]:

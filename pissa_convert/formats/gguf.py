@@ -180,18 +180,19 @@ def _parse(cursor: _Cursor, size: int) -> GgufFile:
     is_uint32 = pair is None or pair.startswith(struct.pack("<I", UINT32), 8 + len(_ALIGNMENT))
     if not is_uint32 or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
         raise cursor.wrong("general.alignment is malformed", expected="a power of two", found=str(alignment)[:40])
-    entries = [_entry(cursor) for _ in _counted(tensor_count)]
+    entries: dict[str, _Entry] = {}
+    for _ in _counted(tensor_count):
+        entry = _entry(cursor)
+        if entry[0] in entries:
+            raise cursor.wrong("is there twice", tensor=entry[0])
+        entries[entry[0]] = entry
     if not entries:
         raise cursor.wrong("there are no tensors in it")
-    names = [entry[0] for entry in entries]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise cursor.wrong("a tensor is there twice", tensor=twice)
     data_begin = padded(cursor.at, alignment)
     if data_begin > size:
         raise cursor.wrong("the data is cut short", expected=f"at least {data_begin} bytes", found=size)
     cursor.skip(data_begin - cursor.at)
-    tensors = _places(cursor, entries, data_begin, alignment, size)
+    tensors = _places(cursor, [*entries.values()], data_begin, alignment, size)
     return GgufFile(cursor.path, size, bytes(cursor.data[:data_begin]), values, pairs, alignment, tensors)
 
 
@@ -250,37 +251,3 @@ def _places(
     if size > at:
         raise cursor.wrong("there are bytes after the data", expected=f"{at} bytes", found=size)
     return tuple(tensors)
-
-
-def encode_pair(key: str, value: str | float, kind: int) -> bytes:
-    """A key and its value, a string, UINT32 or FLOAT32, as they lie in a file."""
-    encoded = _string(value) if isinstance(value, str) else struct.pack(f"<{_SCALARS[kind]}", value)
-    return _string(key) + struct.pack("<I", kind) + encoded
-
-
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def lay_out(
-    pairs: Iterable[bytes], tensors: Iterable[tuple[str, str, tuple[int, ...]]], alignment: int = 32
-) -> tuple[bytes, tuple[TensorInfo, ...]]:
-    """The header for keys and tensors (name, type, shape) one after the other in the given order, and their places.
-
-    The data of each is followed by zeros up to a multiple of the alignment, that of the last one too.
-    """
-    pairs, wanted = list(pairs), list(tensors)
-    head = [MAGIC, struct.pack("<IQQ", 3, len(wanted), len(pairs)), *pairs]
-    spans = []
-    at = 0
-    for name, kind, shape in wanted:
-        dims = tuple(reversed(shape))
-        head.append(_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, TYPES[kind].number, at))
-        end = at + type_bytes(kind, shape)
-        spans.append((name, kind, shape, at, end))
-        at = padded(end, alignment)
-    header = b"".join(head)
-    header += bytes(-len(header) % alignment)
-    begin = len(header)
-    return header, tuple(TensorInfo(name, kind, shape, begin + a, begin + b) for name, kind, shape, a, b in spans)

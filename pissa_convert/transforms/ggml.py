@@ -103,7 +103,8 @@ def store(values: Array, kind: str, out: memoryview) -> MergeStats:
 def _encoded(values: Array, kind: str) -> Bytes:
     if kind == "F32":
         return values.view(np.uint8)
-    with np.errstate(over="ignore"):
+    # The scale of a block below 1e-37 has no reciprocal; what is stored of such values is zero whatever the rest says.
+    with np.errstate(over="ignore", invalid="ignore"):
         if kind == "F16":
             return values.astype(np.float16).view(np.uint8)
         if kind == "BF16":

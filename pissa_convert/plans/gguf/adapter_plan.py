@@ -10,7 +10,8 @@ from typing import Any
 
 from pissa_convert.formats.adapter import CONFIG_NAME, WEIGHTS_NAME
 from pissa_convert.formats.adapter_folder import AdapterFolder
-from pissa_convert.formats.gguf import FLOAT32, STRING, encode_pair, lay_out, padded
+from pissa_convert.formats.gguf import FLOAT32, STRING, padded
+from pissa_convert.formats.gguf_layout import encode_pair, lay_out
 from pissa_convert.formats.gguf_types import TYPES
 from pissa_convert.formats.manifest import (
     FileRecord,

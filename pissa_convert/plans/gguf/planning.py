@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.checkpoint import Checkpoint
-from pissa_convert.formats.gguf import STRING, UINT32, GgufFile, encode_pair, lay_out
+from pissa_convert.formats.gguf import STRING, UINT32, GgufFile
+from pissa_convert.formats.gguf_layout import encode_pair, lay_out
 from pissa_convert.formats.gguf_types import PLAIN, TYPES
 from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.memory import Widths, plan_memory

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from pissa_convert.errors import RequestError
-from pissa_convert.formats.gguf import lay_out as lay_out_gguf
 from pissa_convert.formats.gguf import padded
+from pissa_convert.formats.gguf_layout import lay_out as lay_out_gguf
 from pissa_convert.formats.gguf_types import PLAIN, TYPES
 from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.linalg import Backend, SplitSpec, tensor_key
