@@ -107,6 +107,12 @@ class RayWorkers:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, PissaError):
                 raise error.cause from None
+            if "failed to import" in str(error.cause):
+                raise ConversionError(
+                    "a node of the cluster cannot import pissa_convert",
+                    found=str(error.cause).strip().splitlines()[-1].strip(),
+                    fix=f"install pissa-convert {__version__} on every node, then run the same command again",
+                ) from error
             raise
         except ray.exceptions.RayError as error:
             raise ConversionError(

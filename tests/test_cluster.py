@@ -51,13 +51,16 @@ def expected(source: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("driver"))  # tasks import from it, and the repository's package has no core
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+    os.chdir(before)
 
 
 def convert_on(cluster: Cluster, source: Path, dest: Path, **options: Any) -> Any:
