@@ -146,7 +146,7 @@ def _add_splitting(group: argparse._ArgumentGroup) -> None:
         "--passes",
         type=_count_or_auto,
         metavar="N",
-        help="passes over each weight; auto (default) stops at 0.1%% of error",
+        help="passes over each weight; auto (default) stops at an estimated 0.25%% of error",
     )
     group.add_argument("--seed", type=int, metavar="N", help="of all randomness (default 0)")
 
