@@ -108,9 +108,7 @@ def scaling(folder: Path, rank: int, repeat: int) -> dict[str, Any]:
             print(f"run {turn + 1}, {count} workers: {seconds[-1]:.1f} s", flush=True)
     seconds = {count: median(values) for count, values in times.items()}
     ratio = seconds[1] / seconds[2]
-    print(
-        f"{size / 1e9:.1f} GB, rank {rank}: one worker {seconds[1]:.1f} s, two {seconds[2]:.1f} s, {ratio:.2f} times"
-    )
+    print(f"{size / 1e9:.1f} GB, rank {rank}: one worker {seconds[1]:.1f} s, two {seconds[2]:.1f} s, {ratio:.2f} times")
     return {"bytes": size, "seconds": seconds, "ratio": ratio}
 
 

@@ -29,6 +29,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from pissa_convert.planning import Plan
+from pissa_convert.steps import Split
 from split import CODES, captured, made, peer
 
 from pissa_convert import plan
@@ -38,10 +40,8 @@ from pissa_convert.engine.workers import InProcess
 from pissa_convert.linalg import SplitSpec, SplitStats, tensor_key
 from pissa_convert.linalg.torch_backend import TorchBackend, split_values
 from pissa_convert.linalg.torch_device import Device, find_devices
-from pissa_convert.linalg.torch_krylov import device_bytes
 from pissa_convert.linalg.torch_matrix import CHUNK
-from pissa_convert.planning import Plan
-from pissa_convert.steps import Split
+from pissa_convert.linalg.torch_schedule import device_bytes
 
 
 def synchronize(device: torch.device) -> None:
