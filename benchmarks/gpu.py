@@ -38,8 +38,8 @@ from pissa_convert.engine.workers import InProcess
 from pissa_convert.linalg import SplitSpec, SplitStats, tensor_key
 from pissa_convert.linalg.torch_backend import TorchBackend, split_values
 from pissa_convert.linalg.torch_device import Device, find_devices
-from pissa_convert.linalg.torch_krylov import device_bytes
 from pissa_convert.linalg.torch_matrix import CHUNK
+from pissa_convert.linalg.torch_schedule import device_bytes
 from pissa_convert.plans.split_plan import Plan
 from pissa_convert.plans.steps import Split
 

@@ -219,6 +219,20 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_task_has_a_gpu_if_one_is_asked_for(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "_plan", lambda *request: ray.get_gpu_ids())
+    node = cluster.add_node(num_cpus=1, num_gpus=1)  # as Ray is told; there is none
+    try:
+        given = {
+            device: clusters.RayWorkers(RunOptions(threads=1, device=device)).plan(Path("in"), Path("out"), "pissa", {})
+            for device in ("cpu", "cuda")
+        }
+    finally:
+        cluster.remove_node(node)
+    assert len(given["cuda"]) == 1
+    assert not given["cpu"]
+
+
 @pytest.mark.parametrize(
     ("part", "value"), [("version", "0.0.1"), ("backend", "native/quantum"), ("backend", "torch 2.9/NVIDIA H100")]
 )

@@ -20,7 +20,16 @@ from checkpoints import digests, llm_like, small_model, write_model
 from pissa_convert import convert, plan
 from pissa_convert.cli import main
 from pissa_convert.errors import RequestError
-from pissa_convert.linalg import Backend, SplitSpec, SplitStats, select, tensor_key, torch_backend, torch_krylov
+from pissa_convert.linalg import (
+    Backend,
+    SplitSpec,
+    SplitStats,
+    select,
+    tensor_key,
+    torch_backend,
+    torch_krylov,
+    torch_ritz,
+)
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.linalg.torch_backend import TorchBackend
 from pissa_convert.linalg.torch_device import Device
@@ -123,9 +132,9 @@ def test_a_solver_that_fails_is_replaced_and_that_is_said(monkeypatch: pytest.Mo
 def test_the_gpus_eigenvectors_are_as_good(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     y = llm_like(400, 128).double()
     gram = y.T @ y
-    by_core, vectors = torch_krylov.ritz(gram, 16, 32, exact, print)
-    monkeypatch.setattr(torch_krylov, "is_fast_on", lambda device, size: True)
-    by_torch, others = torch_krylov.ritz(gram, 16, 32, exact, print)
+    by_core, vectors = torch_ritz.ritz(gram, 16, 32, exact, print)
+    monkeypatch.setattr(torch_ritz, "is_fast_on", lambda device, size: True)
+    by_torch, others = torch_ritz.ritz(gram, 16, 32, exact, print)
     np.testing.assert_allclose(by_torch.sigma, by_core.sigma, rtol=1e-5)
     np.testing.assert_allclose(np.abs((vectors * others).sum(1)), 1, rtol=1e-3)
     assert by_torch.estimated_deficit == pytest.approx(by_core.estimated_deficit, rel=0.01)

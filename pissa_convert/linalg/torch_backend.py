@@ -16,8 +16,9 @@ from pissa_convert.errors import RequestError, WeightError
 from pissa_convert.linalg import SplitSpec, SplitStats
 from pissa_convert.linalg.torch_basis import Note
 from pissa_convert.linalg.torch_device import Device
-from pissa_convert.linalg.torch_krylov import Factors, device_bytes, factorize
+from pissa_convert.linalg.torch_krylov import Factors, factorize
 from pissa_convert.linalg.torch_matrix import CHUNK, Matrix
+from pissa_convert.linalg.torch_schedule import device_bytes
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -16,8 +16,10 @@ import torch
 from pissa_convert import _core
 from pissa_convert.errors import WeightError
 from pissa_convert.linalg import SplitSpec
-from pissa_convert.linalg.torch_basis import Array, Basis, Note, on_host, solve_safely
+from pissa_convert.linalg.torch_basis import Array, Basis, Note
 from pissa_convert.linalg.torch_matrix import Matrix, multiply
+from pissa_convert.linalg.torch_ritz import ritz
+from pissa_convert.linalg.torch_schedule import PIECE, Schedule
 
 _TARGET_DEFICIT = 2.5e-3
 """Stop when the estimate says that a full SVD would capture at most this much more of the leading energy."""
@@ -30,13 +32,6 @@ _SMALL_NORM, _LARGE_NORM = 1e-15, 1e15
 
 _SMALL_FOR_BF16 = 96
 """In a small matrix the rounding of the basis does not average out, and there is little to gain."""
-
-_ON_DEVICE = 512
-"""Size from which a GPU finds eigenvectors faster than one thread of a CPU."""
-
-
-_PIECE = 4096
-"""Of the longer side, that are widened to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -58,34 +53,6 @@ class Factors:
     sigma: Array
     passes: int
     estimated_deficit: float
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How the work is laid out for a shape and rank.
-
-    Attributes:
-        block: vectors that a pass adds.
-        first_check, min_passes, max_passes: passes before the estimate is looked at, at least, and at most.
-        exact: the basis would have to span most of the space: its whole Gram matrix is cheaper.
-    """
-
-    block: int
-    first_check: int
-    min_passes: int
-    max_passes: int
-    exact: bool
-
-    @classmethod
-    def of(cls, rows: int, cols: int, rank: int, passes: int | None) -> Schedule:
-        limit = min(rows, cols)
-        block = 32 * -(-rank // 64)
-        expected = 2 * rank + rank // 4 + 64
-        exact = rank + 2 * block > limit if passes else 4 * expected >= 3 * limit
-        max_passes = min(passes or (6 * rank + 64) // block + 1, limit // block)
-        min_passes = -(-rank // block)
-        first_check = max(min_passes, min((2 * rank + 64) // block, max_passes))
-        return cls(block, first_check, min_passes, max_passes, exact or max_passes < min_passes)
 
 
 def signs(key: int, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -220,27 +187,6 @@ class _Krylov:
         return Factors(left[index], right[index], length[order], values[order], self._passes, deficit)
 
 
-def is_fast_on(device: torch.device, size: int) -> bool:
-    """Whether eigenvectors of this size are found there sooner than by a thread of the CPU."""
-    return device.type == "cuda" and size >= _ON_DEVICE
-
-
-def ritz(gram: torch.Tensor, rank: int, block: int, exact: bool, note: Note) -> tuple[_core.RitzTriplets, Array]:
-    """Triplets of a symmetric float64 matrix on a device, and the `rank` × size vectors, by the core's rule.
-
-    A large one's eigenvectors are found on its GPU.
-    """
-    size = len(gram)
-    if size >= rank and is_fast_on(gram.device, size):
-        values, columns = solve_safely(torch.linalg.eigh, gram, f"an eigenvalue problem of size {size}", note)
-        vectors = on_host(columns.T[-rank:].flip(0).contiguous())
-        largest = values[-rank:].flip(0).tolist()
-        return _core.ritz_triplets(on_host(gram).data, size, block, largest, vectors.data), vectors
-    vectors = np.zeros((rank, size))
-    found = _core.rayleigh_ritz(on_host(gram).data, size, rank, block, exact, vectors.data)
-    return found, vectors
-
-
 def _combination(vectors: Array, rows: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(vectors).to(rows.device, torch.float32) @ rows.float()
 
@@ -273,7 +219,7 @@ def _factor_exactly(weight: Matrix, rank: int, note: Note) -> Factors:
     if is_wide:
         values = values.T
     large, small = values.shape  # views: nothing is copied
-    pieces = [slice(at, at + _PIECE) for at in range(0, large, _PIECE)]
+    pieces = [slice(at, at + PIECE) for at in range(0, large, PIECE)]
     gram = torch.zeros(small, small, dtype=torch.float64, device=values.device)
     for piece in pieces:
         part = values[piece].double()
@@ -285,19 +231,3 @@ def _factor_exactly(weight: Matrix, rank: int, note: Note) -> Factors:
     unit = (image / torch.where(length > 0, length, 1.0)[:, None]).float()
     left, right = (basis.float(), unit) if is_wide else (unit, basis.float())
     return Factors(left, right, np.ones(rank), length.cpu().numpy(), 0, 0.0)
-
-
-def device_bytes(spec: SplitSpec, chunk: int) -> int:
-    """Upper bound of what a split takes on its device, W included."""
-    schedule = Schedule.of(spec.rows, spec.cols, spec.rank, spec.passes)
-    values, sides, longer = spec.rows * spec.cols, spec.rows + spec.cols, max(spec.rows, spec.cols)
-    width = 4 if spec.dtype == "F32" else 2
-    weight = width * values + 6 * width * min(chunk, values)
-    factors = 4 * 4 * spec.rank * sides
-    if schedule.exact:
-        small = min(spec.rows, spec.cols)
-        return weight + factors + 8 * (4 * small * small + 2 * _PIECE * small + 2 * spec.rank * longer)
-    room = schedule.block * schedule.max_passes
-    # X and Y in float32, one of them widened, Y once in float64, the block at work, and the Gram matrix.
-    basis = 4 * room * (sides + longer) + 8 * room * spec.rows + 6 * 4 * schedule.block * longer + 4 * 8 * room * room
-    return weight + factors + basis
