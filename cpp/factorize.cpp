@@ -202,8 +202,10 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     if (basis.exhausted) ritz.estimated_deficit = 0;
     result.ritz_seconds += seconds_since(start);
     // A few directions far above all others, or a W of low rank: the others drown in the rounding of what is computed
-    // in bf16, or of sums in float.
-    if (!exact && ritz.sigma[rank - 1] < kPrecise * ritz.sigma[0]) return start_over();
+    // in bf16, or of sums in float. Where a block of a basis in bf16 has had to be done by Householder, what W has
+    // beyond the basis is of the size of that rounding, and further blocks would be copies of the first.
+    const bool drowns = ritz.sigma[rank - 1] < kPrecise * ritz.sigma[0] || (kIsBf16<Element> && basis.householder);
+    if (!exact && drowns) return start_over();
     if (ritz.estimated_deficit <= kTargetDeficit || basis.exhausted || basis.passes == schedule.max_passes) break;
     // A check costs as much as a pass or two: the next is where the estimate will have come down, but not far ahead, as
     // single passes gain more or less than those around them.

@@ -225,6 +225,18 @@ def test_low_rank_above_rounding_noise_gives_no_ghosts(dtype: torch.dtype, passe
     assert norm(result.residual) < 5e-3 * norm(weight)
 
 
+@pytest.mark.parametrize("passes", ["auto", 24])
+def test_what_lies_beyond_the_rank_may_be_as_small_as_the_rounding_of_bfloat16(passes: int | str) -> None:
+    """A weight less what a quantiser kept of it: r directions, and noise below 2^-8 of the first."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(576, 576, generator=generator).double())[0] for _ in range(2))
+    sigma = torch.cat([torch.logspace(1.9, 0.6, 128), torch.linspace(0.26, 0.001, 448)]).double()
+    weight = ((left * sigma) @ right.T).bfloat16()
+    result = split(weight, rank=128, passes=passes)
+    best = float(torch.linalg.svdvals(weight.double())[128:].norm())
+    assert float((weight.double() - result.B.double() @ result.A.double()).norm()) < 1.2 * best
+
+
 @pytest.mark.parametrize(
     ("dtype", "scale"),
     [

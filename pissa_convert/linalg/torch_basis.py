@@ -38,11 +38,13 @@ class Basis:
     Attributes:
         rows: room for all of them, max_rows × n; the first `size` are filled.
         note: is told when a solver of the device fails.
+        householder: whether a block was too ill-conditioned for Cholesky.
     """
 
     rows: torch.Tensor
     note: Note
     size: int = 0
+    householder: bool = False
 
     @property
     def filled(self) -> torch.Tensor:
@@ -75,6 +77,7 @@ class Basis:
             if triangle is None:
                 if len(before):
                     z = z - taken.T.float() @ before.float()
+                self.householder = True
                 z, diagonal = self._householder(z)
             else:
                 inverse = torch.from_numpy(np.linalg.inv(triangle)).to(z.device)

@@ -108,7 +108,11 @@ class _Krylov:
             self._advance_to(following)
             found, vectors = self._triplets()
             deficit = 0.0 if self._exhausted else found.estimated_deficit
-            if not self._exact and found.sigma[rank - 1] < _PRECISE * found.sigma[0]:
+            # See cpp/factorize.cpp for the second.
+            drowns = found.sigma[rank - 1] < _PRECISE * found.sigma[0] or (
+                self._element == torch.bfloat16 and self._x.householder
+            )
+            if not self._exact and drowns:
                 return None
             if deficit <= _TARGET_DEFICIT or self._exhausted or self._passes >= schedule.max_passes:
                 return self._combine(np.array(found.sigma), vectors, deficit)
