@@ -262,3 +262,15 @@ def test_where_no_cluster_answers(source: Path, tmp_path: Path) -> None:
     run = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "error: no Ray cluster answers" in run.stderr
+
+
+def test_a_node_without_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "The remote function failed to import on the worker.\nModuleNotFoundError: No module named 'pissa_convert'"
+    failure = ray.exceptions.RayTaskError("_plan", said, RuntimeError(said))
+
+    def get(reference: Any) -> Any:
+        raise failure
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(ConversionError, match=r"cannot import pissa_convert.*No module named.*on every node"):
+        clusters.RayWorkers._get(None)
