@@ -3,8 +3,8 @@
     python benchmarks/cluster.py [scaling] [model] [--folder FOLDER] [--rank 64] [--disk 1] [--repeat 3]
                                  [--json FILE]
 
-scaling  Shards of equal work on one worker of one thread and on two, each on a Ray node of one CPU, in turns, medians.
-         FOLDER (default /dev/shm, so that no disk binds; 2.5 GB) holds source and result. Bar: 1.7 times.
+scaling  Shards of equal work on one worker of one thread and on two, each on a Ray node of one core, in turns, medians.
+         FOLDER (default /dev/shm, so that no disk binds; 4.5 GB) holds source and result. Bar: 1.7 times.
 model    Seconds per byte of hashing and of computing at that rank, measured here, and what follows for 70B, 405B and 1T
          on 1 to 64 nodes. It is arithmetic, not a measurement: stages overlap, so a task takes the longest of them for
          its shard of 5 GB; nodes take shards in rounds; to that a start is added, and the reading back of the adapter,
@@ -36,7 +36,7 @@ from pissa_convert.engine.digest import sha256
 from pissa_convert.linalg import SplitSpec
 from pissa_convert.linalg.native import NativeBackend
 
-SHARDS = 8
+SHARDS = 16
 NODES = (1, 2, 4, 8, 16, 32, 64)
 MODELS = {"70B": 141e9, "405B": 812e9, "1T": 2000e9}
 """Bytes in bfloat16."""
@@ -54,13 +54,19 @@ START = 15.0
 
 @contextmanager
 def nodes(count: int) -> Iterator[str]:
-    """A Ray cluster of so many nodes of one CPU on this machine, to which this process is connected; its address."""
+    """A Ray cluster of so many nodes of one CPU on this machine, to which this process is connected; its address.
+
+    Each node is bound to a core of its own, as one with a single CPU is: its threads of hashing and writing have no other.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    for _ in range(count - 1):
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cores = os.sched_getaffinity(0)
+    for core in sorted(cores)[:count]:
+        os.sched_setaffinity(0, {core})  # what a node starts inherits it
         cluster.add_node(num_cpus=1)
+    os.sched_setaffinity(0, cores)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
         yield str(cluster.address)
