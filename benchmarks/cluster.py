@@ -56,7 +56,7 @@ START = 15.0
 def nodes(count: int) -> Iterator[str]:
     """A Ray cluster of so many nodes of one CPU on this machine, to which this process is connected; its address.
 
-    Each node is bound to a core of its own, as one with a single CPU is: its threads of hashing and writing have no other.
+    Each node is bound to a core of its own, as one with a single CPU is: its threads that hash and write have no other.
     """
     import ray
     from ray.cluster_utils import Cluster
