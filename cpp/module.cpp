@@ -13,7 +13,6 @@
 #include "norms.hpp"
 #include "philox.hpp"
 #include "rayleigh_ritz.hpp"
-#include "sha256.hpp"
 #include "split.hpp"
 
 namespace py = pybind11;
@@ -55,32 +54,6 @@ void* bytes_of(const py::buffer& buffer, bool writable, std::size_t expected, co
 
 void* writable_bytes(const py::buffer& buffer, std::size_t expected, const char* name) {
   return bytes_of(buffer, true, expected, name);
-}
-
-pissa::Sha256 new_digest() {
-  if (!pissa::Sha256::available()) throw std::runtime_error("this CPU has no instructions for SHA-256");
-  return {};
-}
-
-void update(pissa::Sha256& digest, const py::buffer& data) {
-  const Bytes bytes = contiguous_bytes(data, false, "data");
-  const py::gil_scoped_release release;
-  digest.update(bytes.data, bytes.count);
-}
-
-void update_both(pissa::Sha256& first, const py::buffer& a, pissa::Sha256& second, const py::buffer& b) {
-  if (&first == &second) throw std::invalid_argument("the two digests must not be the same");
-  const Bytes left = contiguous_bytes(a, false, "a"), right = contiguous_bytes(b, false, "b");
-  const py::gil_scoped_release release;
-  pissa::Sha256::update_both(first, left.data, left.count, second, right.data, right.count);
-}
-
-std::string hexdigest(const pissa::Sha256& digest) {
-  std::string text;
-  for (const unsigned byte : digest.digest()) {
-    for (const unsigned digit : {byte >> 4, byte & 15}) text += "0123456789abcdef"[digit];
-  }
-  return text;
 }
 
 pissa::Weight describe(void* data, const std::string& dtype, std::size_t rows, std::size_t cols, std::size_t rank) {
@@ -277,14 +250,6 @@ PYBIND11_MODULE(_core, m) {
            py::arg("dtype"), py::arg("code"), py::arg("packed"), py::arg("absmax"));
   m.def("workspace_bytes", &workspace_bytes, py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("rank"),
         py::arg("passes"), py::arg("threads"));
-  // A digest is not to be used by two threads at once.
-  py::class_<pissa::Sha256>(m, "Sha256")
-      .def(py::init(&new_digest))
-      .def("update", &update)
-      .def("hexdigest", &hexdigest)
-      .def("copy", [](const pissa::Sha256& digest) { return digest; })
-      .def_static("available", &pissa::Sha256::available);
-  m.def("update_both", &update_both, py::arg("first"), py::arg("a"), py::arg("second"), py::arg("b"));
   m.def(
       "nuclear_norm_workspace_bytes",
       [](std::size_t rows, std::size_t cols, unsigned threads) {

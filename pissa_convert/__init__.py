@@ -30,9 +30,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from pissa_convert.api import Split, convert, plan, split, verify
+    from pissa_convert.api import convert, plan, verify
     from pissa_convert.engine.verify import Verification
     from pissa_convert.errors import PissaError
+    from pissa_convert.matrix import Split, split
     from pissa_convert.plans.lora_plan import LoraPlan
     from pissa_convert.plans.merge_plan import MergePlan
     from pissa_convert.plans.split_plan import Plan
@@ -46,7 +47,9 @@ _HOMES = {
     "PissaError": "errors",
     "Plan": "plans.split_plan",
     "Report": "report",
+    "Split": "matrix",
     "Verification": "engine.verify",
+    "split": "matrix",
 }
 
 

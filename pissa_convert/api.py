@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from pissa_convert.cluster import connect
-from pissa_convert.engine import verify as verification
-from pissa_convert.engine.gguf import run_gguf
-from pissa_convert.engine.gguf_adapter import run_gguf_adapter
-from pissa_convert.engine.lora import run_lora
-from pissa_convert.engine.merge import run_merge
-from pissa_convert.engine.quantise import run_quantised
-from pissa_convert.engine.run import ProgressCallback, run
-from pissa_convert.engine.verify_jobs import Origins
-from pissa_convert.engine.workers import InProcess, Workers
 from pissa_convert.errors import RequestError
 from pissa_convert.linalg.native import usable_cpus
-from pissa_convert.matrix import Split, split
 from pissa_convert.options import RunOptions
-from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
-from pissa_convert.plans.gguf.plan import GgufPlan
-from pissa_convert.plans.lora_plan import LoraPlan
-from pissa_convert.plans.merge_plan import MergePlan
-from pissa_convert.plans.quant_plan import QuantPlan
-from pissa_convert.plans.requests import AnyPlan, choose_backend, plan_request
-from pissa_convert.plans.split_plan import Plan
-from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, QuantReport, Report
+from pissa_convert.plans.requests import choose_backend, plan_request
 
-__all__ = ["Split", "convert", "plan", "split", "verify"]
+if TYPE_CHECKING:
+    from pissa_convert.engine.ledger import ProgressCallback
+    from pissa_convert.engine.verify import Progress, Verification
+    from pissa_convert.engine.workers import Workers
+    from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
+    from pissa_convert.plans.gguf.plan import GgufPlan
+    from pissa_convert.plans.lora_plan import LoraPlan
+    from pissa_convert.plans.merge_plan import MergePlan
+    from pissa_convert.plans.quant_plan import QuantPlan
+    from pissa_convert.plans.requests import AnyPlan
+    from pissa_convert.plans.split_plan import Plan
+    from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, QuantReport, Report
+
+__all__ = ["convert", "plan", "verify"]
+
+_RUNS = {
+    "Plan": "run.run",
+    "QuantPlan": "quantise.run_quantised",
+    "LoraPlan": "lora.run_lora",
+    "MergePlan": "merge.run_merge",
+    "GgufPlan": "gguf.run_gguf",
+    "GgufAdapterPlan": "gguf_adapter.run_gguf_adapter",
+}
+"""What carries a plan out, in `engine`. Imported when it is needed: all of it takes as long as splitting a weight."""
 
 _Path = str | os.PathLike[str]
 
@@ -292,35 +298,27 @@ def convert(
     """
     run_options = RunOptions(threads, max_memory, device=device, max_vram=max_vram)
     if ray is not None:
+        from pissa_convert.cluster import connect
+
         if to == "lora":
             raise RequestError("--ray does not apply to --to lora: it walks no model", fix="leave it out")
         with connect(ray, run_options) as cluster:
             work = cluster.plan(Path(source), Path(dest), to, options)
-            if isinstance(work, GgufAdapterPlan):
+            if type(work).__name__ == "GgufAdapterPlan":
                 raise RequestError("--ray does not apply to an adapter's GGUF: it walks no model", fix="leave it out")
             return _carry_out(work, cluster, overwrite, progress)
+    from pissa_convert.engine.workers import InProcess
+
     backend = choose_backend(to, options, run_options)
     work = plan_request(source, dest, to, options, run_options, backend)
-    if isinstance(work, LoraPlan):
-        return run_lora(work, backend, overwrite=overwrite, progress=progress)
-    if isinstance(work, GgufAdapterPlan):
-        return run_gguf_adapter(work, overwrite=overwrite, progress=progress)
     return _carry_out(work, InProcess(backend), overwrite, progress)
 
 
-def _carry_out(
-    work: Plan | QuantPlan | MergePlan | GgufPlan,
-    workers: Workers,
-    overwrite: bool,
-    progress: ProgressCallback | None,
-) -> AnyReport:
-    if isinstance(work, QuantPlan):
-        return run_quantised(work, workers, overwrite=overwrite, progress=progress)
-    if isinstance(work, GgufPlan):
-        return run_gguf(work, workers, overwrite=overwrite, progress=progress)
-    if isinstance(work, MergePlan):
-        return run_merge(work, workers, overwrite=overwrite, progress=progress)
-    return run(work, workers, overwrite=overwrite, progress=progress)
+def _carry_out(work: AnyPlan, workers: Workers, overwrite: bool, progress: ProgressCallback | None) -> AnyReport:
+    module, name = _RUNS[type(work).__name__].split(".")
+    run = getattr(import_module(f"pissa_convert.engine.{module}"), name)
+    report: AnyReport = run(work, workers, overwrite=overwrite, progress=progress)
+    return report
 
 
 def verify(
@@ -332,11 +330,11 @@ def verify(
     base_gguf: _Path | None = None,
     base: _Path | None = None,
     threads: int | None = None,
-    progress: verification.Progress | None = None,
-) -> verification.Verification:
+    progress: Progress | None = None,
+) -> Verification:
     """Check a finished conversion against its manifest and, where it is given, what it was made from.
 
-    Every file's size and SHA-256 is compared with the manifest's, and the manifest's with its own. With `source`, its
+    Every file's size and BLAKE3 is compared with the manifest's, and the manifest's with its own. With `source`, its
     files are compared with their records too, what was copied is compared byte by byte, and for every split weight
     ‖W − (W_res + s·B·A)‖/‖W‖, for every module of a LoRA ‖ΔW − B·A‖/‖ΔW‖ is measured and must be what the manifest
     records, and so must the rounding of every merged weight. Memory does not grow with the model.
@@ -354,5 +352,8 @@ def verify(
         RequestError: there is no finished conversion in `dest`, or `source` is no folder.
         DamageError: something differs; its `findings` name every file and tensor that does.
     """
+    from pissa_convert.engine import verify as verification
+    from pissa_convert.engine.verify_jobs import Origins
+
     origins = Origins(*(None if path is None else Path(path) for path in (source, init, adapter, base_gguf, base)))
     return verification.verify(Path(dest), origins, threads=threads or usable_cpus(), progress=progress)

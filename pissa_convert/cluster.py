@@ -84,7 +84,7 @@ class RayWorkers:
     def _commit(self, plan: ModelPlan, work: Shard, done: ShardDone, ledger: Ledger) -> None:
         for entry in done.entries:
             ledger.add(work.plan, entry)
-        ledger.commit(work.plan, done.sha256, done.source_sha256, partial(take_name, plan.dest / work.plan.name))
+        ledger.commit(work.plan, done.digest, done.source_digest, partial(take_name, plan.dest / work.plan.name))
         for each in fields(done.timings):
             total = getattr(ledger.timings, each.name) + getattr(done.timings, each.name)
             setattr(ledger.timings, each.name, total)

@@ -15,7 +15,7 @@ class Timings:
 
     Attributes:
         read_seconds, write_seconds: moving bytes between the disk and memory; writing includes making it durable.
-        hash_seconds: SHA-256 of the source and of the output; of the busier one where each has its own thread.
+        hash_seconds: digests of the source and of the output: of the busier thread.
         compute_seconds: splitting.
         source_bytes: read from the source's weights.
         written_bytes: of weights and adapter, written in this run.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -83,9 +83,9 @@ def load_adapter(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder."""
+    """BLAKE3 of every file below a folder."""
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(folder).as_posix(): blake3(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import tensors_of, write
+from blake3 import blake3
 from checkpoints import load_all
 from gguf_models import keys_of, packaged_smollm2, types_of, values_of
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -387,7 +388,7 @@ def test_the_manifest_lies_beside_the_file_and_the_command_is_idempotent(
     assert sorted(path.name for path in dest.parent.iterdir()) == ["a.gguf", "a.gguf.pissa_convert.json", "other.txt"]
     assert {path.name: path.stat().st_size for path in dest.parent.glob("a*")} == sizes
     manifest = json.loads((dest.parent / "a.gguf.pissa_convert.json").read_text())
-    assert manifest["output"]["a.gguf"]["sha256"] == hashlib.sha256(dest.read_bytes()).hexdigest()
+    assert manifest["output"]["a.gguf"]["blake3"] == blake3(dest.read_bytes()).hexdigest()
     assert manifest["tensors"]["blk.0.attn_q.weight"]["rank"] == 3
     assert convert(folder, dest, "gguf", base_gguf=base).complete_before
     before = dest.read_bytes()

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from blake3 import blake3
 from checkpoints import digests, llm_like, write_model
 
 from pissa_convert import api, memory
 from pissa_convert.engine.buffers import Buffers, Cancelled
-from pissa_convert.engine.digest import sha256
 from pissa_convert.engine.hashing import Hashing
 from pissa_convert.engine.lanes import Lanes
 from pissa_convert.engine.run import run
@@ -98,7 +98,7 @@ class Work:
     def submit_all(self, lanes: Lanes, hashing: Hashing, sizes: list[int]) -> list[Future[Stats]]:
         futures = []
         for number, nbytes in enumerate(sizes):
-            ticket = hashing.feed(hashing.source, sha256(), memoryview(b"bytes"))
+            ticket = hashing.source.feed(blake3(), memoryview(b"bytes"))
             step = cast(Change, SimpleNamespace(nbytes=nbytes, number=number))
             futures.append(lanes.submit(step, Path(), self.buffers.take(nbytes), ticket))
         return futures
@@ -107,7 +107,7 @@ class Work:
 def test_steps_begin_in_order_and_never_with_more_threads_than_there_are() -> None:
     sizes = [10, 10, 300, 10, 10, 10, 150, 10, 300, 300, 10, 10]
     work, timings = Work(4, 500, lambda number: 0.003 * (1 + number % 3)), Timings()
-    with Hashing(together=True) as hashing, Lanes(work.make, work.widths, timings) as lanes:
+    with Hashing() as hashing, Lanes(work.make, work.widths, timings) as lanes:
         widths = [future.result(10).width for future in work.submit_all(lanes, hashing, sizes)]  # type: ignore[attr-defined]
     assert widths == [work.widths(nbytes) for nbytes in sizes]
     assert set(widths) == {1, 2, 4}
@@ -120,7 +120,7 @@ def test_steps_begin_in_order_and_never_with_more_threads_than_there_are() -> No
 def test_given_up_work_wakes_what_waits_for_its_turn() -> None:
     hold = threading.Event()
     work = Work(2, 500, lambda number: float(not hold.wait(10)))
-    with Hashing(together=True) as hashing, Lanes(work.make, work.widths, Timings()) as lanes:
+    with Hashing() as hashing, Lanes(work.make, work.widths, Timings()) as lanes:
         futures = work.submit_all(lanes, hashing, [10, 400, 10])
         while not work.begun:
             time.sleep(0.001)

@@ -271,7 +271,7 @@ def test_the_init_is_derived_again_to_the_byte_and_gives_the_same_lora(journey: 
         assert digests(tmp_path / name)["adapter_model.safetensors"] == kept
         manifest = json.loads((tmp_path / name / "pissa_convert.json").read_text())
         record = manifest["source"]["init/adapter_model.safetensors"]
-        assert record["sha256"] == digests(journey.split)["pissa_init/adapter_model.safetensors"]
+        assert record["blake3"] == digests(journey.split)["pissa_init/adapter_model.safetensors"]
 
 
 def test_another_model_or_seed_is_not_mistaken_for_the_one_that_was_split(journey: Journey, tmp_path: Path) -> None:

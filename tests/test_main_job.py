@@ -146,7 +146,7 @@ def test_the_manifest_names_every_file_with_its_digest(smol: Path, smol_pissa: P
     manifest = json.loads((smol_pissa / "pissa_convert.json").read_text())
     for folder, side in ((smol, "source"), (smol_pissa, "output")):
         found = {name: digest for name, digest in digests(folder).items() if name != "pissa_convert.json"}
-        assert {name: record["sha256"] for name, record in manifest[side].items()} == found
+        assert {name: record["blake3"] for name, record in manifest[side].items()} == found
     assert len(manifest["tensors"]) == 210
     for entry in manifest["tensors"].values():
         assert entry["singular_values"] == sorted(entry["singular_values"], reverse=True)

@@ -51,7 +51,7 @@ def reseal(dest: Path, change: Any) -> None:
     """Change the manifest and give it a seal that fits."""
     path = dest / MANIFEST_NAME
     values = json.loads(path.read_bytes())
-    del values["manifest_sha256"]
+    del values["manifest_blake3"]
     change(values)
     path.write_bytes(_sealed(json.dumps(values).encode()[:-1]))
 
@@ -114,10 +114,10 @@ def test_files_that_the_manifest_does_not_name_are_shown_but_are_no_damage(
 
 def rehash(dest: Path, name: str) -> None:
     """Make the manifest agree with a changed file: only the comparison with the source can find it now."""
-    sha256 = digests(dest)[name]
+    digest = digests(dest)[name]
 
     def change(values: Any) -> None:
-        values["output"][name] = {"bytes": (dest / name).stat().st_size, "sha256": sha256}
+        values["output"][name] = {"bytes": (dest / name).stat().st_size, "blake3": digest}
 
     reseal(dest, change)
 
@@ -231,7 +231,7 @@ def test_options_that_do_not_go_together_are_refused_by_name(
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", ""])
 def test_a_manifest_cannot_point_outside(source: Path, dest: Path, name: str) -> None:
     def change(values: Any) -> None:
-        values["output"][name] = {"bytes": 0, "sha256": "0" * 64}
+        values["output"][name] = {"bytes": 0, "blake3": "0" * 64}
 
     reseal(dest, change)
     with pytest.raises(DamageError, match="not a manifest"):

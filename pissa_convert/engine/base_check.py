@@ -88,8 +88,8 @@ def _check_smallest(plan: MergePlan, origin: _Origin, sizes: Mapping[str, int]) 
         raise RequestError(
             f"SOURCE is not {origin.what}, for which the adapter was made",
             file=plan.source / smallest,
-            expected=f"sha256 {origin.files[smallest].sha256}",
-            found=found.sha256,
+            expected=f"blake3 {origin.files[smallest].digest}",
+            found=found.digest,
             fix="give that model",
         )
 

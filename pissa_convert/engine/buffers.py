@@ -74,11 +74,6 @@ class Buffers:
                 self._changed.wait()
         return buffer
 
-    def take_now(self, nbytes: int, *, at: int = 0, holders: int = 1) -> Buffer | None:
-        """The same without waiting: None where there is no room."""
-        with self._changed:
-            return self._take(nbytes, at, holders)
-
     def _take(self, nbytes: int, at: int, holders: int) -> Buffer | None:
         size = footprint(nbytes)
         if size > self._capacity:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pissa_convert.engine.digest import sha256, update_both
+from blake3 import blake3
+
 from pissa_convert.engine.reading import digest_findings, open_to_read, read_exactly
 from pissa_convert.errors import FormatError, PissaError
 from pissa_convert.formats.adapter import adapter_keys
@@ -67,7 +68,7 @@ class _Pair:
         self._paths = source, dest
         self._descriptors: list[int] = []
         self._scratch = bytearray(CHUNK), bytearray(CHUNK)
-        self.digests = sha256(), sha256()
+        self.digests = blake3(), blake3()
         self._seen = seen
 
     def __enter__(self) -> _Pair:
@@ -86,7 +87,8 @@ class _Pair:
         first, second = (memoryview(scratch)[: end - begin] for scratch in self._scratch)
         for path, descriptor, view in zip(self._paths, self._descriptors, (first, second), strict=True):
             read_exactly(descriptor, begin, view, path)
-        update_both(self.digests[0], first, self.digests[1], second)
+        for digest, view in zip(self.digests, (first, second), strict=True):
+            digest.update(view)
         self._seen(2 * (end - begin))
         return first, second
 

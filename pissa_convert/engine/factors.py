@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from blake3 import blake3
 
 from pissa_convert.engine.reading import open_to_read, read_exactly
 from pissa_convert.errors import ConversionError, PissaError, WeightError
@@ -88,7 +88,7 @@ class InitFactors:
     def __init__(self, init: Init, backend: Backend | None) -> None:
         self._init, self._backend = init, backend
         self._file = None if init.derivations else FactorFile(init.file)
-        self._digest = hashlib.sha256(init.header)
+        self._digest = blake3(init.header)
 
     def __enter__(self) -> InitFactors:
         return self
@@ -124,8 +124,8 @@ class InitFactors:
             raise ConversionError(
                 "the initial adapter was not found again from --base",
                 file=self._init.file,
-                expected=f"sha256 {self._init.recorded.sha256}" if self._init.recorded else None,
-                found=record.sha256,
+                expected=f"blake3 {self._init.recorded.digest}" if self._init.recorded else None,
+                found=record.digest,
                 fix="give the model that was split; where that is so, PISSA_CONVERT_KERNEL and a CPU of the same kind",
             )
         return record

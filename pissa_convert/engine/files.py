@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-
-import numpy as np
 
 from pissa_convert.errors import ConversionError
 
@@ -149,7 +148,7 @@ class PartialFile:
         """Write the whole blocks of `view` past the page cache; returns how many bytes of it that were."""
         assert self._stage is not None
         end = len(view) // _BLOCK * _BLOCK
-        is_aligned = np.frombuffer(view, np.uint8).ctypes.data % _BLOCK == 0
+        is_aligned = not view.readonly and ctypes.addressof(ctypes.c_byte.from_buffer(view)) % _BLOCK == 0
         done = 0
         with memoryview(self._stage) as stage:
             while done < end:

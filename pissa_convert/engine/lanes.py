@@ -60,7 +60,7 @@ class Lanes:
 
     def _run(self, place: int, step: Change, path: Path, buffer: Buffer, hashed: Ticket) -> Stats:
         width = self._widths(step.nbytes)
-        hashed.wait()
+        hashed.result()
         with self._lane(place, width) as transform:
             started = time.perf_counter()
             stats = transform(step, path, buffer.view)

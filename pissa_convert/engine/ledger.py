@@ -51,18 +51,18 @@ class Ledger:
         self.done.stats[step.key], self.done.side[step.key] = step.read_stats(entry["stats"]), entry["side"]
         self._journal.append(entry)
 
-    def commit(self, shard: ShardPlan, sha256: str, source_sha256: str, name: Callable[[], None]) -> None:
+    def commit(self, shard: ShardPlan, digest: str, source_digest: str, name: Callable[[], None]) -> None:
         """Give a shard that is durable, as is what it has in the file beside, its name by calling `name`.
 
         Raises:
             ConversionError: its source is not what the plan knows of it, or the disk fails.
         """
-        source = FileRecord(shard.source.size, source_sha256)
+        source = FileRecord(shard.source.size, source_digest)
         _check_recorded(self._plan, shard.source.path, source)
         name()
-        self._journal.append({"committed": shard.name, "sha256": sha256, "source_sha256": source_sha256}, durable=True)
+        self._journal.append({"committed": shard.name, "digest": digest, "source_digest": source_digest}, durable=True)
         self.done.sources[shard.source_name] = source
-        self.done.outputs[shard.name] = FileRecord(shard.size, sha256)
+        self.done.outputs[shard.name] = FileRecord(shard.size, digest)
 
 
 def step_entry(shard: ShardPlan, step: StepDone) -> Entry:
@@ -71,7 +71,7 @@ def step_entry(shard: ShardPlan, step: StepDone) -> Entry:
         "shard": shard.name,
         "step": step.index,
         "source": step.source,
-        "sha256": step.output,
+        "digest": step.output,
         "side": step.side,
         "stats": step.stats.as_json(),
     }
@@ -83,7 +83,7 @@ def _check_recorded(plan: ModelPlan, path: Path, found: FileRecord) -> None:
         raise ConversionError(
             "SOURCE is not the model that the adapter belongs to",
             file=path,
-            expected=f"sha256 {expected.sha256}" if expected else None,
-            found=found.sha256,
+            expected=f"blake3 {expected.digest}" if expected else None,
+            found=found.digest,
             fix="give that model",
         )

@@ -6,7 +6,6 @@ what the destination shows meanwhile is a `.partial` file, and the folder loads 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from blake3 import blake3
 from threadpoolctl import threadpool_limits
 
 from pissa_convert.engine import destination
@@ -83,8 +83,8 @@ def _check_recorded(plan: LoraPlan, sources: Mapping[str, FileRecord]) -> None:
         raise RequestError(
             "the initial adapter has changed since the split",
             file=plan.init.file,
-            expected=f"sha256 {plan.init.recorded.sha256}" if plan.init.recorded else None,
-            found=found.sha256,
+            expected=f"blake3 {plan.init.recorded.digest}" if plan.init.recorded else None,
+            found=found.digest,
             fix="restore it, or add --base MODEL to derive it again",
         )
 
@@ -117,7 +117,7 @@ def _convert(
     texts = {name: (plan.trained.root / name).read_bytes() for name in plan.companions} | plan.texts
     for name, text in texts.items():
         write_file(plan.dest / name, text)
-        outputs[name] = FileRecord(len(text), hashlib.sha256(text).hexdigest())
+        outputs[name] = FileRecord(len(text), blake3(text).hexdigest())
     write_file(plan.dest / MANIFEST_NAME, lora_manifest(plan, sources, outputs, results))
     return results
 

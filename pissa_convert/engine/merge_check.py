@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from blake3 import blake3
 
 from pissa_convert.engine.factors import FactorFile
 from pissa_convert.engine.merge import MergeLane, adapter_file
@@ -35,7 +35,7 @@ class Side:
     def __init__(self, path: Path, seen: Callable[[int], None]) -> None:
         self.path = path
         self._descriptor = open_to_read(path)
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self._seen = seen
         self._size = 0
 

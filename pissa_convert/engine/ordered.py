@@ -5,12 +5,13 @@ For results that are short to make: what was interrupted is made again from its 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from blake3 import blake3
 
 from pissa_convert.engine.files import PartialFile
 from pissa_convert.formats.manifest import FileRecord
@@ -65,7 +66,7 @@ class Appender:
 
     def __init__(self, file: PartialFile, timings: Timings, progress: ProgressCallback | None) -> None:
         self._file, self._timings, self._progress = file, timings, progress
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self._end = 0
 
     def write(self, data: bytes | memoryview, begin: int) -> None:

@@ -2,7 +2,7 @@
 
 The reader fills buffers; each lane transforms one tensor at a time; the writer, in the calling thread, appends results
 in the order of their offsets. So every file is read and written front to back, its digest needs no second reading,
-and what is done of it is a prefix. Source and output are hashed beside that: SHA-256 is slower than a good disk.
+and what is done of it is a prefix. Source and output are hashed beside that: a digest is no faster than a good disk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pissa_convert.engine.buffers import Buffers
-from pissa_convert.engine.digest import IS_NATIVE
 from pissa_convert.engine.hashing import Hashing
 from pissa_convert.engine.lanes import Lanes, MakeTransform
 from pissa_convert.engine.reader import Reader
@@ -52,9 +51,7 @@ def run_pipeline(
     """
     buffers = Buffers(memory.budget)
     items: queue.Queue[Item] = queue.Queue()  # its length is bounded by the budget for what it holds
-    # With up to two threads the computing takes longer than all of the hashing in one.
-    together = IS_NATIVE and memory.widths.threads <= 2
-    with pin(buffers.memory), Hashing(together=together) as hashing, Lanes(make, memory.widths, timings) as lanes:
+    with pin(buffers.memory), Hashing() as hashing, Lanes(make, memory.widths, timings) as lanes:
         reader = Reader(buffers, hashing, lanes, items, timings)
         thread = threading.Thread(target=reader.read_all, args=(shards,), name="reader")
         thread.start()

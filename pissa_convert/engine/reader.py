@@ -6,12 +6,14 @@ import os
 import queue
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from blake3 import blake3
+
 from pissa_convert.engine.buffers import Buffer, Buffers, Cancelled
-from pissa_convert.engine.digest import Digest, sha256
 from pissa_convert.engine.hashing import Hashing, Ticket
 from pissa_convert.engine.lanes import Lanes
 from pissa_convert.engine.reading import hash_file, open_to_read, read_exactly
@@ -42,7 +44,7 @@ class Reader:
                 finally:
                     os.close(source)
             self.items.put(None)
-        except Cancelled:
+        except (Cancelled, CancelledError):
             pass
         except BaseException as error:
             self.items.put(error)
@@ -52,7 +54,7 @@ class Reader:
         path = shard.plan.source.path
         before = _check_unchanged(shard, source)
         os.posix_fadvise(source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        digest = sha256()
+        digest = blake3()
         hashed = self._hash_prefix(shard, source, digest)
         for index, step in enumerate(shard.plan.steps):
             if index < shard.steps_done:
@@ -60,51 +62,44 @@ class Reader:
             if isinstance(step, Copy):
                 hashed = self._read_copy(shard, step, source, digest, alike=index == 0 and shard.begins_alike)
             else:
-                buffer = self._take(step.nbytes, step.at - step.result.start, Result.HOLDERS)
+                buffer = self.buffers.take(step.nbytes, at=step.at - step.result.start, holders=Result.HOLDERS)
                 hashed = self._read(source, step.begin, buffer.view[: step.end - step.begin], path, digest)
                 self.items.put(Result(index, step, buffer, hashed, self.lanes.submit(step, path, buffer, hashed)))
         after = _check_unchanged(shard, source)
         # A file can be written to and get its old mtime back, but not its ctime, which a mere chmod changes too.
-        if after.st_ctime_ns != before.st_ctime_ns and hash_file(path).sha256 != hashed.sha256():
+        if after.st_ctime_ns != before.st_ctime_ns and hash_file(path).digest != hashed.result():
             raise _changed(path, "while it was read")
         self.items.put(End(hashed))
 
-    def _read_copy(self, shard: Shard, step: Copy, source: int, digest: Digest, *, alike: bool) -> Ticket:
+    def _read_copy(self, shard: Shard, step: Copy, source: int, digest: blake3, *, alike: bool) -> Ticket:
         for begin, end in chunks(step.begin, step.end):
             at = step.at + begin - step.begin
-            buffer = self._take(end - begin, at, Chunk.HOLDERS_ALIKE if alike else Chunk.HOLDERS)
+            buffer = self.buffers.take(end - begin, at=at, holders=Chunk.HOLDERS_ALIKE if alike else Chunk.HOLDERS)
 
             def then(buffer: Buffer = buffer, is_last: bool = end == step.end) -> None:
                 self.buffers.give_back(buffer)
                 if alike and is_last:
                     shard.digest = digest.copy()
 
-            hashed = self._read(source, begin, buffer.view[:], shard.plan.source.path, digest, then, alone=alike)
+            hashed = self._read(source, begin, buffer.view[:], shard.plan.source.path, digest, then)
             self.items.put(Chunk(at, buffer, hashed if alike else None))
         return hashed
 
-    def _take(self, nbytes: int, at: int, holders: int) -> Buffer:
-        buffer = self.buffers.take_now(nbytes, at=at, holders=holders)
-        if buffer is None:
-            with self.hashing.pressed():
-                buffer = self.buffers.take(nbytes, at=at, holders=holders)
-        return buffer
-
-    def _hash_prefix(self, shard: Shard, source: int, digest: Digest) -> Ticket:
+    def _hash_prefix(self, shard: Shard, source: int, digest: blake3) -> Ticket:
         """The header, and the source of what an earlier run has done: hashed again, but not worked on again."""
         plan = shard.plan
         header = bytearray(len(plan.source.header))
         hashed = self._read(source, 0, memoryview(header), plan.source.path, digest)
-        hashed.wait()
+        hashed.result()
         if header != plan.source.header:
             raise _changed(plan.source.path, "since the work was planned")
         # What lies between two tensors may be longer than any buffer that the plan has accounted for.
         size = min(CHUNK, self.buffers.largest)
         for begin in range(len(header), shard.offset, size):
-            scratch = self._take(min(size, shard.offset - begin), 0, 1)
+            scratch = self.buffers.take(min(size, shard.offset - begin))
             give_back = partial(self.buffers.give_back, scratch)
             hashed = self._read(source, begin, scratch.view[:], plan.source.path, digest, give_back)
-        if shard.source_sha256 not in (None, hashed.sha256()):
+        if shard.source_digest not in (None, hashed.result()):
             raise _changed(plan.source.path, "since the interrupted run")
         return hashed
 
@@ -114,10 +109,8 @@ class Reader:
         begin: int,
         view: memoryview,
         path: Path,
-        digest: Digest,
+        digest: blake3,
         then: Callable[[], None] | None = None,
-        *,
-        alone: bool = False,
     ) -> Ticket:
         """Fill `view`, which is then hashed and released, and `then` called; the ticket says when."""
         started = time.perf_counter()
@@ -125,7 +118,7 @@ class Reader:
             piece = view[at:end]
             read_exactly(source, begin + at, piece, path)
             last = then if end == len(view) else None
-            hashed = self.hashing.feed(self.hashing.source, digest, piece, last, alone=alone)
+            hashed = self.hashing.source.feed(digest, piece, last)
         self.timings.read_seconds += time.perf_counter() - started
         self.timings.source_bytes += len(view)
         self.timings.hash_seconds = self.hashing.seconds

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pissa_convert.engine.digest import Digest, sha256
+from blake3 import blake3
+
 from pissa_convert.errors import ConversionError, FormatError, PissaError
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.memory import CHUNK, chunks
@@ -35,7 +36,7 @@ def read_exactly(descriptor: int, begin: int, view: memoryview, path: Path) -> N
         done += count
 
 
-def hash_range(descriptor: int, begin: int, end: int, path: Path, digest: Digest, scratch: memoryview) -> None:
+def hash_range(descriptor: int, begin: int, end: int, path: Path, digest: blake3, scratch: memoryview) -> None:
     """Feed bytes `begin`:`end` of an open file to `digest` through `scratch` (any size of at least one chunk)."""
     for at, stop in chunks(begin, end):
         view = scratch[: stop - at]
@@ -56,12 +57,12 @@ def open_to_read(path: Path) -> int:
 
 
 def hash_file(path: Path, seen: Callable[[int], None] | None = None) -> FileRecord:
-    """Size and SHA-256 of a file, read in chunks; `seen` is called with the bytes of each.
+    """Size and BLAKE3 of a file, read in chunks; `seen` is called with the bytes of each.
 
     Raises:
         ConversionError: it cannot be opened or read.
     """
-    digest = sha256()
+    digest = blake3()
     descriptor = open_to_read(path)
     scratch = memoryview(bytearray(CHUNK))
     try:
@@ -80,7 +81,7 @@ def digest_findings(path: Path, record: FileRecord, found: FileRecord) -> list[P
     if found.size != record.size:
         return [FormatError("the size differs", file=path, expected=f"{record.size} bytes", found=found.size)]
     if found != record:
-        return [FormatError("the digest differs", file=path, expected=f"sha256 {record.sha256}", found=found.sha256)]
+        return [FormatError("the digest differs", file=path, expected=f"blake3 {record.digest}", found=found.digest)]
     return []
 
 

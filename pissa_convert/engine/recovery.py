@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pissa_convert.engine.digest import sha256
+from blake3 import blake3
+
 from pissa_convert.engine.files import partial_path
 from pissa_convert.engine.journal import Entry
 from pissa_convert.engine.reading import hash_file, hash_range, read_exactly
@@ -34,8 +35,8 @@ class Progress:
 
 
 def side_digest(file: Slots | None, step: Change) -> str:
-    """Digest of what a step has in the file beside the shards (A and B, for a split), as it lies there."""
-    digest = sha256()
+    """blake3 of what a step has in the file beside the shards (A and B, for a split), as it lies there."""
+    digest = blake3()
     for _, slot in step.beside:
         data = memoryview(bytearray(slot.nbytes))
         assert file is not None
@@ -66,8 +67,8 @@ def recover(plan: ModelPlan, entries: list[Entry], beside: Slots | None) -> tupl
         path = plan.dest / shard.name
         if shard.name in committed and _is_whole(shard, path, committed[shard.name], done, beside):
             output = committed[shard.name]
-            progress.sources[shard.source_name] = FileRecord(shard.source.size, output["source_sha256"])
-            progress.outputs[shard.name] = FileRecord(shard.size, output["sha256"])
+            progress.sources[shard.source_name] = FileRecord(shard.source.size, output["source_digest"])
+            progress.outputs[shard.name] = FileRecord(shard.size, output["digest"])
             _keep(shard, len(shard.steps), done, progress)
             continue
         reopen(path)
@@ -78,7 +79,7 @@ def recover(plan: ModelPlan, entries: list[Entry], beside: Slots | None) -> tupl
 
 
 def _is_whole(shard: ShardPlan, path: Path, entry: Entry, done: dict[int, Entry], beside: Slots | None) -> bool:
-    if not path.is_file() or hash_file(path) != FileRecord(shard.size, entry["sha256"]):
+    if not path.is_file() or hash_file(path) != FileRecord(shard.size, entry["digest"]):
         return False
     return all(
         index in done and side_digest(beside, step) == done[index]["side"]
@@ -103,7 +104,7 @@ def recover_prefix(plan: ModelPlan, shard: ShardPlan, done: Mapping[int, Entry],
     if not done or not partial.is_file() or partial.stat().st_size != shard.size:
         return fresh
     scratch = memoryview(bytearray(CHUNK))
-    digest = sha256()
+    digest = blake3()
     kept = fresh
     descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -114,7 +115,7 @@ def recover_prefix(plan: ModelPlan, shard: ShardPlan, done: Mapping[int, Entry],
             hash_range(descriptor, step.at, step.stop, partial, digest, scratch)
             if not isinstance(step, Copy):
                 entry = done[index]
-                if digest.hexdigest() != entry["sha256"] or side_digest(beside, step) != entry["side"]:
+                if digest.hexdigest() != entry["digest"] or side_digest(beside, step) != entry["side"]:
                     break
                 kept = Shard(shard, expected, index + 1, digest.copy(), entry["source"])
     finally:

@@ -7,7 +7,6 @@ journal says what is done and the same command continues.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from pissa_convert.engine import destination
 from pissa_convert.engine.destination import State
-from pissa_convert.engine.digest import sha256, update_both
 from pissa_convert.engine.files import PartialFile, storage_error, write_file
 from pissa_convert.engine.journal import Journal
 from pissa_convert.engine.lanes import MakeTransform
@@ -170,16 +170,17 @@ def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str])
 
     Its slots lie in the order of the steps.
     """
-    whole, at = sha256(), 0
+    whole, at = blake3(), 0
     scratch = memoryview(bytearray(CHUNK))
     for step in changes_of(plan.shards):
-        side = sha256()
+        side = blake3()
         for _, slot in step.beside:
             hash_range(file.descriptor, at, slot.begin, file.partial, whole, scratch)
             for begin, at in chunks(slot.begin, slot.end):
                 view = scratch[: at - begin]
                 read_exactly(file.descriptor, begin, view, file.partial)
-                update_both(side, view, whole, view)
+                side.update(view)
+                whole.update(view)
         if side.hexdigest() != sides[step.key]:
             raise ConversionError(
                 "what was written reads back differently",
@@ -194,12 +195,12 @@ def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str])
 
 def _write_text(path: Path, data: bytes) -> FileRecord:
     write_file(path, data)
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    return FileRecord(len(data), blake3(data).hexdigest())
 
 
 def _copy_file(plan: ModelPlan, name: str, record: FileRecord) -> FileRecord:
     """Copy an auxiliary file; what is written must be what was hashed."""
-    digest = sha256()
+    digest = blake3()
     source = plan.sources[name]
     with open(source, "rb", buffering=0) as reader, PartialFile(plan.dest / name, record.size) as file:
         for begin, end in chunks(0, record.size):

@@ -33,14 +33,14 @@ class ShardDone:
 
     Attributes:
         entries: the journal's lines of the steps that were done.
-        sha256, source_sha256: of the shard and of what it was made from.
+        digest, source_digest: of the shard and of what it was made from.
         timings: of the task's stages.
         warnings: see `Workers.warnings`.
     """
 
     entries: Sequence[Entry]
-    sha256: str
-    source_sha256: str
+    digest: str
+    source_digest: str
     timings: Timings
     warnings: Sequence[str]
 
@@ -64,17 +64,17 @@ def make_shard(
         def step_done(work: Shard, step: StepDone) -> None:
             entries.append(step_entry(shard, step))
 
-        def shard_written(work: Shard, source_sha256: str, file: PartialFile) -> None:
+        def shard_written(work: Shard, source_digest: str, file: PartialFile) -> None:
             if beside is not None:
                 beside.sync()
             file.sync()
-            digests.extend((work.digest.hexdigest(), source_sha256))
+            digests.extend((work.digest.hexdigest(), source_digest))
 
         work = recover_prefix(plan, shard, {entry["step"]: entry for entry in before}, beside)
         sink = Sink(beside, step_done, shard_written, lambda nbytes: None)
         run_pipeline([work], plan.dest, make, plan.memory, sink, timings, backend.pinned)
-    sha256, source_sha256 = digests
-    return ShardDone(entries, sha256, source_sha256, timings, tuple(backend.warnings))
+    digest, source_digest = digests
+    return ShardDone(entries, digest, source_digest, timings, tuple(backend.warnings))
 
 
 @contextmanager

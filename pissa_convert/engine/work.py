@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from blake3 import blake3
+
 from pissa_convert.engine.buffers import Buffer
 from pissa_convert.engine.destination import Work
-from pissa_convert.engine.digest import Digest, sha256
 from pissa_convert.engine.hashing import Ticket
 from pissa_convert.formats.manifest import FileRecord
 from pissa_convert.memory import MemoryPlan
@@ -103,15 +104,15 @@ class Shard:
     Attributes:
         expected: size and mtime_ns that the source file had when the work was planned.
         steps_done: leading steps whose output is in place.
-        digest: state of the output's SHA-256 after those steps (and the header).
-        source_sha256: the source's at that place when they were done; None where none are.
+        digest: state of the output's BLAKE3 after those steps (and the header).
+        source_digest: the source's at that place when they were done; None where none are.
     """
 
     plan: ShardPlan
     expected: Sequence[int]
     steps_done: int = 0
-    digest: Digest = field(default_factory=sha256)
-    source_sha256: str | None = None
+    digest: blake3 = field(default_factory=blake3)
+    source_digest: str | None = None
 
     @property
     def begins_alike(self) -> bool:

@@ -1,4 +1,4 @@
-"""Who works on the shards of a plan: the lanes of this process here, the tasks of a cluster in `ray_workers`."""
+"""Who works on the shards of a plan: the lanes of this process here, the tasks of a cluster in `cluster.py`."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class InProcess:
         """See `Workers.work`."""
         with open_beside(plan) as beside, make_lanes(plan, self.backend) as make:
 
-            def shard_written(shard: Shard, source_sha256: str, file: PartialFile) -> None:
+            def shard_written(shard: Shard, source_digest: str, file: PartialFile) -> None:
                 if beside is not None:
                     beside.sync()  # A and B of this shard must not be behind its residual
-                ledger.commit(shard.plan, shard.digest.hexdigest(), source_sha256, file.commit)
+                ledger.commit(shard.plan, shard.digest.hexdigest(), source_digest, file.commit)
                 ledger.advance(len(shard.plan.source.header))
 
             sink = Sink(beside, ledger.step_done, shard_written, ledger.advance)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from blake3 import blake3
+
 from pissa_convert.engine.buffers import Buffer, Buffers
-from pissa_convert.engine.digest import sha256
 from pissa_convert.engine.files import PartialFile
 from pissa_convert.engine.hashing import Hashing, Ticket
 from pissa_convert.engine.work import Begin, Chunk, End, Item, Result, Shard, Slots
@@ -25,7 +26,7 @@ class StepDone:
 
     Attributes:
         index: of the step in its shard.
-        source, output: SHA-256 of the source shard and of the output shard up to the step's end.
+        source, output: BLAKE3 of the source shard and of the output shard up to the step's end.
         side: of what it has in the file beside the shards.
     """
 
@@ -92,9 +93,9 @@ class Writer:
                 raise item
             if isinstance(item, End):
                 self._settle(wait=True)
-                sha256 = item.hashed.sha256()
+                digest = item.hashed.result()
                 started = time.perf_counter()
-                self._sink.shard_written(shard, sha256, file)
+                self._sink.shard_written(shard, digest, file)
                 self._timings.write_seconds += time.perf_counter() - started
                 return
             if isinstance(item, Chunk):
@@ -107,9 +108,9 @@ class Writer:
             self._settle(wait=False)
 
     def _settle(self, *, wait: bool) -> None:
-        while self._unsettled and (wait or self._unsettled[0][0].is_done):
+        while self._unsettled and (wait or self._unsettled[0][0].done()):
             hashed, finish = self._unsettled.popleft()
-            hashed.wait()
+            hashed.result()
             finish()
 
     def _write_chunk(self, item: Chunk, file: PartialFile, shard: Shard) -> None:
@@ -119,7 +120,7 @@ class Writer:
         self._unsettled.append((hashed, partial(self._sink.progress, nbytes)))
 
     def _write_result(self, item: Result, file: PartialFile, shard: Shard, stats: Stats) -> None:
-        step, side = item.step, sha256()
+        step, side = item.step, blake3()
         hashed = self._hash(shard, item.buffer.view[step.result], item.buffer)
         self._write(file, item.buffer.view[step.result], step.at)
         for part, slot in step.beside:
@@ -129,7 +130,7 @@ class Writer:
 
         def finish() -> None:
             # The line comes after the bytes: what it claims can be checked against them, and nothing else is trusted.
-            done = StepDone(item.index, item.hashed.sha256(), hashed.sha256(), side.hexdigest(), stats)
+            done = StepDone(item.index, item.hashed.result(), hashed.result(), side.hexdigest(), stats)
             self._sink.step_done(shard, done)
             self._sink.progress(step.end - step.begin)
 
@@ -138,7 +139,7 @@ class Writer:
     def _hash(self, shard: Shard, view: memoryview, buffer: Buffer) -> Ticket:
         """Hash `view` as the output's next bytes, and give the buffer back then."""
         give_back = partial(self._buffers.give_back, buffer)
-        return self._hashing.feed(self._hashing.output, shard.digest, view, give_back)
+        return self._hashing.output.feed(shard.digest, view, give_back)
 
     def _write(self, file: Slots, view: memoryview, offset: int) -> None:
         """Write `view` and release it."""

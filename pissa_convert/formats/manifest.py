@@ -7,12 +7,13 @@ damage to the manifest itself is found.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from blake3 import blake3
 
 from pissa_convert import __version__
 from pissa_convert.errors import FormatError
@@ -43,10 +44,10 @@ _MAX_MANIFEST = 1 << 30
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and SHA-256 (hexadecimal; the digest that the Hugging Face Hub shows for the same file)."""
+    """Size in bytes and BLAKE3 (hexadecimal, as `b3sum` shows it)."""
 
     size: int
-    sha256: str
+    digest: str
 
 
 def _is_weights(name: str) -> bool:
@@ -143,14 +144,14 @@ def render_manifest(
     """The manifest's text: one line per option, file and tensor, so that two of them can be compared with `diff`."""
     parts = [f"  {json.dumps(key)}: {_render(value)}" for key, value in head.items()]
     for title, files in (("source", source), ("output", output), *([("base", base)] if base else [])):
-        records = {name: {"bytes": files[name].size, "sha256": files[name].sha256} for name in sorted(files)}
+        records = {name: {"bytes": files[name].size, "blake3": files[name].digest} for name in sorted(files)}
         parts.append(f'  "{title}": {_block(records)}')
     parts.append(f'  "tensors": {_block(tensors)}')
     return _sealed(("{\n" + ",\n".join(parts)).encode())
 
 
 def _sealed(text: bytes) -> bytes:
-    return text + b',\n  "manifest_sha256": "' + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n'
+    return text + b',\n  "manifest_blake3": "' + blake3(text).hexdigest().encode() + b'"\n}\n'
 
 
 _SEAL = len(_sealed(b""))
@@ -194,4 +195,4 @@ def _records(entries: Mapping[str, Any]) -> dict[str, FileRecord]:
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts:
             raise ValueError(name)  # a manifest is only a file: it cannot point us outside
-    return {name: FileRecord(record["bytes"], record["sha256"]) for name, record in entries.items()}
+    return {name: FileRecord(record["bytes"], record["blake3"]) for name, record in entries.items()}

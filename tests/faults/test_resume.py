@@ -105,7 +105,7 @@ def test_the_journal_is_not_trusted_when_it_is_forged(source: Path, expected: di
     interrupt(source, tmp_path / "out", 6)
     with Journal(tmp_path / "out") as journal:
         for file in sorted(source.glob("*.safetensors")):
-            journal.append({"committed": file.name, "sha256": "0" * 64, "source_sha256": "0" * 64})
+            journal.append({"committed": file.name, "digest": "0" * 64, "source_digest": "0" * 64})
     try:
         convert(source, tmp_path / "out", rank=4)
     except PissaError:

@@ -36,9 +36,15 @@ _DELTA = ("rank", "tolerance", "uniform_rank")
 _Path = str | os.PathLike[str]
 
 
-def is_gguf(source: _Path) -> bool:
-    """Whether SOURCE is a GGUF, and no folder."""
-    return Path(source).suffix == ".gguf" and Path(source).is_file()
+def plan_gguf_request(
+    source: _Path, dest: _Path, to: str, options: dict[str, Any], run: RunOptions, backend: Backend
+) -> GgufAdapterPlan | GgufPlan:
+    """Plan `--to gguf`, or `--to pissa` or `--to merged` of a GGUF; as `plan_request`."""
+    if to == "pissa":
+        return plan_split_gguf(source, dest, options, run, backend)
+    if to == "merged":
+        return plan_merged_gguf(source, dest, options, run, backend.threads)
+    return plan_to_gguf(source, dest, options, run, backend.threads)
 
 
 def plan_to_gguf(
