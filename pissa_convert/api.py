@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from pissa_convert.errors import RequestError
 from pissa_convert.linalg.native import usable_cpus
@@ -30,12 +30,10 @@ __all__ = ["convert", "plan", "verify"]
 _RUNS = {
     "Plan": "run.run",
     "QuantPlan": "quantise.run_quantised",
-    "LoraPlan": "lora.run_lora",
     "MergePlan": "merge.run_merge",
     "GgufPlan": "gguf.run_gguf",
-    "GgufAdapterPlan": "gguf_adapter.run_gguf_adapter",
 }
-"""What carries a plan out, in `engine`. Imported when it is needed: all of it takes as long as splitting a weight."""
+"""What walks a model by a plan, in `engine`; imported when it is needed, as all of it takes as long as several weights."""
 
 _Path = str | os.PathLike[str]
 
@@ -304,17 +302,25 @@ def convert(
             raise RequestError("--ray does not apply to --to lora: it walks no model", fix="leave it out")
         with connect(ray, run_options) as cluster:
             work = cluster.plan(Path(source), Path(dest), to, options)
-            if type(work).__name__ == "GgufAdapterPlan":
+            if type(work).__name__ not in _RUNS:
                 raise RequestError("--ray does not apply to an adapter's GGUF: it walks no model", fix="leave it out")
-            return _carry_out(work, cluster, overwrite, progress)
-    from pissa_convert.engine.workers import InProcess
-
+            return _walk(work, cluster, overwrite, progress)
     backend = choose_backend(to, options, run_options)
     work = plan_request(source, dest, to, options, run_options, backend)
-    return _carry_out(work, InProcess(backend), overwrite, progress)
+    if type(work).__name__ in _RUNS:
+        from pissa_convert.engine.workers import InProcess
+
+        return _walk(work, InProcess(backend), overwrite, progress)
+    from pissa_convert.engine.gguf_adapter import run_gguf_adapter
+    from pissa_convert.engine.lora import run_lora
+    from pissa_convert.plans.lora_plan import LoraPlan
+
+    if isinstance(work, LoraPlan):
+        return run_lora(work, backend, overwrite=overwrite, progress=progress)
+    return run_gguf_adapter(cast("GgufAdapterPlan", work), overwrite=overwrite, progress=progress)
 
 
-def _carry_out(work: AnyPlan, workers: Workers, overwrite: bool, progress: ProgressCallback | None) -> AnyReport:
+def _walk(work: AnyPlan, workers: Workers, overwrite: bool, progress: ProgressCallback | None) -> AnyReport:
     module, name = _RUNS[type(work).__name__].split(".")
     run = getattr(import_module(f"pissa_convert.engine.{module}"), name)
     report: AnyReport = run(work, workers, overwrite=overwrite, progress=progress)

@@ -183,15 +183,27 @@ def test_a_merge_runs_on_it_too(
     assert digests(tmp_path / "out") == digests(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("to", ["qpissa", "pissa"])
-def test_every_target_that_walks_a_model_runs_on_it(to: str, cluster: Cluster, tmp_path: Path) -> None:
-    if to == "pissa":
-        model = rewrite(packaged_smollm2(), tmp_path / "in.gguf", "F16", layers=1)
-    else:
-        model = write_model(tmp_path / "in", small_model(dtype=torch.bfloat16), 2)
-    convert(model, tmp_path / "alone", to, rank=4)  # type: ignore[call-overload]
-    convert(model, tmp_path / "out", to, rank=4, threads=1, ray=cluster.address)  # type: ignore[call-overload]
-    assert digests(tmp_path / "out") == digests(tmp_path / "alone")
+def test_a_quantised_model_is_made_on_it(cluster: Cluster, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "in", small_model(dtype=torch.bfloat16), 2)
+    assert_same_bytes(cluster, tmp_path, model, "qpissa", rank=4)
+
+
+def test_a_gguf_is_split_on_it(cluster: Cluster, tmp_path: Path) -> None:
+    model = rewrite(packaged_smollm2(), tmp_path / "in.gguf", "F16", layers=1)
+    assert_same_bytes(cluster, tmp_path, model, "pissa", rank=4)
+
+
+def test_a_model_becomes_a_gguf_on_it(cluster: Cluster, small: Path, template: Path, tmp_path: Path) -> None:
+    alone, out = tmp_path / "alone.gguf", tmp_path / "out.gguf"
+    convert(small, alone, "gguf", base_gguf=template, outtype="q8_0")
+    convert(small, out, "gguf", base_gguf=template, outtype="q8_0", threads=1, ray=cluster.address)
+    assert out.read_bytes() == alone.read_bytes()
+
+
+def assert_same_bytes(cluster: Cluster, folder: Path, model: Path, to: str, **options: Any) -> None:
+    convert(model, folder / "alone", to, **options)
+    convert(model, folder / "out", to, threads=1, ray=cluster.address, **options)
+    assert digests(folder / "out") == digests(folder / "alone")
 
 
 def test_a_bad_weight_is_named_and_the_rest_can_be_resumed(cluster: Cluster, tmp_path: Path) -> None:
