@@ -33,7 +33,7 @@ _RUNS = {
     "MergePlan": "merge.run_merge",
     "GgufPlan": "gguf.run_gguf",
 }
-"""What walks a model by a plan, in `engine`; imported when it is needed, as all of it takes as long as several weights."""
+"""What walks a model by a plan, in `engine`; imported when it is needed: importing all takes as long as some splits."""
 
 _Path = str | os.PathLike[str]
 
