@@ -21,6 +21,7 @@ __all__ = [
     "Plan",
     "Report",
     "Split",
+    "SplitReport",
     "Verification",
     "__version__",
     "convert",
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from pissa_convert.plans.lora_plan import LoraPlan
     from pissa_convert.plans.merge_plan import MergePlan
     from pissa_convert.plans.split_plan import Plan
-    from pissa_convert.report import LoraReport, MergeReport, Report
+    from pissa_convert.report import LoraReport, MergeReport, Report, SplitReport
 
 _HOMES = {
     "LoraPlan": "plans.lora_plan",
@@ -47,6 +48,7 @@ _HOMES = {
     "PissaError": "errors",
     "Plan": "plans.split_plan",
     "Report": "report",
+    "SplitReport": "report",
     "Split": "matrix",
     "Verification": "engine.verify",
     "split": "matrix",

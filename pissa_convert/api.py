@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pissa_convert.plans.quant_plan import QuantPlan
     from pissa_convert.plans.requests import AnyPlan
     from pissa_convert.plans.split_plan import Plan
-    from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, QuantReport, Report
+    from pissa_convert.report import GgufReport, LoraReport, MergeReport, QuantReport, Report, SplitReport
 
 __all__ = ["convert", "plan", "verify"]
 
@@ -139,7 +139,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> Report | GgufReport: ...
+) -> SplitReport | GgufReport: ...
 @overload
 def convert(
     source: _Path,
@@ -213,7 +213,7 @@ def convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     **options: Any,
-) -> AnyReport:
+) -> Report:
     """Convert `source` into the new folder `dest`, streaming. What is interrupted is continued by the same call.
 
     to="pissa" splits the linear weights of a model folder into residual and principal adapter (PiSSA, arXiv
@@ -320,10 +320,10 @@ def convert(
     return run_gguf_adapter(cast("GgufAdapterPlan", work), overwrite=overwrite, progress=progress)
 
 
-def _walk(work: AnyPlan, workers: Workers, overwrite: bool, progress: ProgressCallback | None) -> AnyReport:
+def _walk(work: AnyPlan, workers: Workers, overwrite: bool, progress: ProgressCallback | None) -> Report:
     module, name = _RUNS[type(work).__name__].split(".")
     run = getattr(import_module(f"pissa_convert.engine.{module}"), name)
-    report: AnyReport = run(work, workers, overwrite=overwrite, progress=progress)
+    report: Report = run(work, workers, overwrite=overwrite, progress=progress)
     return report
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from pissa_convert.report import AnyReport, GgufReport, LoraReport, MergeReport, QuantReport, Report
+from pissa_convert.report import GgufReport, LoraReport, MergeReport, QuantReport, Report, SplitReport
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -164,10 +164,10 @@ time       about {estimate_quant_seconds(plan):.0f} s of computing with {plan.ba
     )
 
 
-def print_report(report: AnyReport) -> None:
+def print_report(report: Report) -> None:
     if report.complete_before:
         print(f"{report.dest} is complete already; every digest fits", file=sys.stderr)
-    elif isinstance(report, Report):
+    elif isinstance(report, SplitReport):
         _print_split_report(report)
     elif isinstance(report, QuantReport):
         _print_quant_report(report)
@@ -177,7 +177,7 @@ def print_report(report: AnyReport) -> None:
         from pissa_convert import console_gguf
 
         console_gguf.print_gguf_report(report)
-    else:
+    elif isinstance(report, MergeReport):
         _print_merge_report(report)
 
 
@@ -190,7 +190,7 @@ W + s·B·A within {report.relative_error:.1e}, its rounding""",
     )
 
 
-def finished(report: AnyReport, what: str) -> str:
+def finished(report: Report, what: str) -> str:
     continued = report.resumed and not isinstance(report, LoraReport)  # whose work is done again from its start
     verb = "continued and finished" if continued else "finished"
     return f"{verb} {report.dest} in {report.wall_seconds:.1f} s: {what}{peak(report.peak_memory)}"
@@ -228,7 +228,7 @@ load it with PEFT onto the original model""",
     )
 
 
-def _print_split_report(report: Report) -> None:
+def _print_split_report(report: SplitReport) -> None:
     print(
         f"""{finished(report, f"{report.tensors} weights split")}
 {stages(report.timings)}

@@ -40,124 +40,92 @@ class Timings:
         return max(stages, key=lambda stage: stages[stage])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """The result of `convert`.
+    """The result of `convert`; each target's has more.
 
     Attributes:
-        dest: the finished folder.
-        tensors: weights that were split.
+        dest: the finished folder or file.
         resumed: an earlier, interrupted run was continued.
         complete_before: nothing was left to do; digests of source and result were compared.
         wall_seconds: of the whole conversion.
         timings: of its stages.
-        relative_error: largest ‖W − (W_res + s·B·A)‖ / ‖W‖ over the weights, as stored.
-        estimated_deficit: largest estimate of the captured energy that a full SVD would have added, relative.
         peak_memory: largest resident set of this process so far, in bytes, or None where it cannot be read.
         warnings: what the user should look into.
     """
 
     dest: Path
-    tensors: int
     resumed: bool
     complete_before: bool
     wall_seconds: float
     timings: Timings
-    relative_error: float
-    estimated_deficit: float
     peak_memory: int | None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
 
 
-@dataclass(frozen=True)
-class QuantReport:
+@dataclass(frozen=True, kw_only=True)
+class SplitReport(Report):
+    """The result of a split into residual and adapter.
+
+    Attributes:
+        tensors: weights that were split.
+        relative_error: largest ‖W − (W_res + s·B·A)‖ / ‖W‖ over the weights, as stored.
+        estimated_deficit: largest estimate of the captured energy that a full SVD would have added, relative.
+    """
+
+    tensors: int
+    relative_error: float
+    estimated_deficit: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantReport(Report):
     """The result of `convert` to a 4-bit base and its adapter.
 
     Attributes:
-        dest: the finished folder.
         tensors: the manifest's entry of each weight that was quantised.
         adapted: all weights with an adapter together.
         by_type: the same by the last part of the module's name.
-        resumed, complete_before, wall_seconds, timings, peak_memory, warnings: as in `Report`.
     """
 
-    dest: Path
     tensors: dict[str, dict[str, Any]]
     adapted: Overall
     by_type: dict[str, Overall]
-    resumed: bool
-    complete_before: bool
-    wall_seconds: float
-    timings: Timings
-    peak_memory: int | None
-    warnings: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
 
 
-@dataclass(frozen=True)
-class LoraReport:
+@dataclass(frozen=True, kw_only=True)
+class LoraReport(Report):
     """The result of `convert` to an ordinary LoRA.
 
     Attributes:
-        dest: the finished folder.
         modules: of each module its rank, relative_error ‖ΔW − B·A‖ / ‖ΔW‖ as stored, and the norms ‖ΔW‖ (norm),
             ‖s′·B′·A′‖ (trained_norm) and ‖s·B·A‖ (init_norm).
         exact_rank: at which no module loses anything.
         relative_error: the same over all modules together.
         relative_change: ‖ΔW‖ / ‖s·B·A‖ over all modules together: how far training went; None from zero.
-        warnings: what the user should look into.
-        resumed, complete_before, wall_seconds, timings, peak_memory: as in `Report`.
     """
 
-    dest: Path
     modules: dict[str, dict[str, Any]]
     exact_rank: int
     relative_error: float
     relative_change: float | None
-    warnings: tuple[str, ...]
-    resumed: bool
-    complete_before: bool
-    wall_seconds: float
-    timings: Timings
-    peak_memory: int | None
-
-    def as_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, kw_only=True)
+class MergeReport(Report):
     """The result of `convert` to a merged model.
 
     Attributes:
-        dest: the finished folder.
         tensors: weights that the adapter changed.
         relative_error: largest ‖stored − (W + s·B·A)‖ / ‖W + s·B·A‖ over them: the rounding to their dtype.
-        warnings: what the user should look into.
-        resumed, complete_before, wall_seconds, timings, peak_memory: as in `Report`.
     """
 
-    dest: Path
     tensors: int
-    resumed: bool
-    complete_before: bool
-    wall_seconds: float
-    timings: Timings
     relative_error: float
-    peak_memory: int | None
-    warnings: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
 
 
 @dataclass(frozen=True)
@@ -175,35 +143,18 @@ class SizeLine:
     relative_error: float
 
 
-@dataclass(frozen=True)
-class GgufReport:
+@dataclass(frozen=True, kw_only=True)
+class GgufReport(Report):
     """The result of `convert` to a GGUF, or of one.
 
     Attributes:
-        dest: the finished file, or the folder of a split.
         tensors: adapted tensors of an adapter, or tensors of a model that were encoded.
         relative_error: largest ‖stored − exact‖ / ‖exact‖ over them; for an adapter of the products B·A.
         usage: the commands that use the result.
         sizes: what was made, where it is quantised, and then the same weights in other types.
-        warnings: what the user should look into.
-        resumed, complete_before, wall_seconds, timings, peak_memory: as in `Report`.
     """
 
-    dest: Path
     tensors: int
-    resumed: bool
-    complete_before: bool
-    wall_seconds: float
-    timings: Timings
     relative_error: float
-    peak_memory: int | None
-    warnings: tuple[str, ...]
     usage: str
     sizes: tuple[SizeLine, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return {**asdict(self), "dest": str(self.dest), "bottleneck": self.timings.bottleneck}
-
-
-AnyReport = Report | QuantReport | LoraReport | MergeReport | GgufReport

@@ -10,7 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from blake3 import blake3
+
 from pissa_convert.errors import ConversionError
+from pissa_convert.formats.manifest import FileRecord
 
 PARTIAL = ".partial"
 
@@ -201,8 +204,9 @@ class PartialFile:
         take_name(self.path)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> FileRecord:
     """Write a small file durably under its final name."""
     with PartialFile(path, len(data)) as file:
         file.write(data, 0)
         file.commit()
+    return FileRecord(len(data), blake3(data).hexdigest())

@@ -12,18 +12,18 @@ from threadpoolctl import threadpool_limits
 
 from pissa_convert.engine.factors import FactorFile
 from pissa_convert.engine.gguf_sizes import size_table
+from pissa_convert.engine.ledger import ProgressCallback
 from pissa_convert.engine.model_rows import ModelRows
-from pissa_convert.engine.run import Outcome, ProgressCallback, carry_out
+from pissa_convert.engine.run import carry_out
 from pissa_convert.engine.workers import Workers
 from pissa_convert.errors import WeightError
 from pissa_convert.linalg import Backend
 from pissa_convert.linalg.native import NativeBackend
-from pissa_convert.memory import peak_resident_bytes
 from pissa_convert.plans.gguf.adapter import AdaptedTensor
 from pissa_convert.plans.gguf.plan import GgufPlan
 from pissa_convert.plans.gguf.steps import Encode, GgufSplit
 from pissa_convert.plans.steps import Stats
-from pissa_convert.report import GgufReport, SizeLine
+from pissa_convert.report import GgufReport
 from pissa_convert.transforms.delta import Product
 from pissa_convert.transforms.ggml import Array, decode, store
 from pissa_convert.transforms.gguf_split import split_gguf
@@ -45,21 +45,11 @@ def run_gguf(
     """
     done = carry_out(plan, gguf_lanes, workers, overwrite=overwrite, progress=progress)
     with gguf_lanes(plan, NativeBackend(1)) as make:
-        return gguf_report(plan, done, size_table(plan, done.tensors, make(1).exact))
-
-
-def gguf_report(plan: GgufPlan, done: Outcome, sizes: tuple[SizeLine, ...]) -> GgufReport:
-    """What is said of a finished run."""
+        sizes = size_table(plan, done.tensors, make(1).exact)
     return GgufReport(
-        dest=plan.result,
+        **done.report(plan.result, plan.warnings),
         tensors=len(done.tensors),
-        resumed=done.resumed,
-        complete_before=done.complete_before,
-        wall_seconds=done.wall_seconds,
-        timings=done.timings,
         relative_error=max((entry["relative_error"] for entry in done.tensors.values()), default=0.0),
-        peak_memory=peak_resident_bytes(),
-        warnings=plan.warnings,
         usage=plan.usage,
         sizes=sizes,
     )

@@ -6,7 +6,6 @@ As with `--to lora` the work is short, and what was interrupted is made again fr
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,9 +14,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pissa_convert.engine import destination
-from pissa_convert.engine.destination import State
+from pissa_convert.engine.conduct import Entries, conduct
 from pissa_convert.engine.factors import FactorFile, InitFactors
-from pissa_convert.engine.files import PartialFile, storage_error, write_file
+from pissa_convert.engine.files import PartialFile, write_file
 from pissa_convert.engine.journal import Journal
 from pissa_convert.engine.lora import check_unchanged, lora_results
 from pissa_convert.engine.ordered import Appender, ProgressCallback, in_order
@@ -25,7 +24,6 @@ from pissa_convert.engine.reading import hash_file
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.manifest import FileRecord, manifest_name
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.memory import peak_resident_bytes
 from pissa_convert.plans.gguf.adapter import AdaptedTensor
 from pissa_convert.plans.gguf.adapter_plan import FactorStats, GgufAdapterPlan
 from pissa_convert.plans.gguf.adapter_planning import with_ranks
@@ -53,37 +51,20 @@ def run_gguf_adapter(
     Raises:
         PissaError: see the family.
     """
-    started = time.perf_counter()
-    timings = Timings()
     destination.check(plan, overwrite)
     before = plan.fingerprint
     sources = {name: hash_file(path) for name, path in plan.sources.items()}
-    try:
-        plan.dest.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, plan.dest) from error
-    # One BLAS thread and whole tensors beside one another: so the number of threads changes no byte.
-    with Journal(plan.dest, plan.alone) as journal, threadpool_limits(1, user_api="blas"):
-        state = destination.begin(plan, journal, overwrite)
-        if state is State.COMPLETE:
-            try:
-                entries = destination.verify_complete(plan, plan.head, plan.sources)
-            finally:
-                journal.remove()
-        else:
-            plan, stats = _convert(plan, sources, before, timings, progress)
-            journal.remove()
-            entries = {name: vars(found) for name, found in stats.items()}
+
+    def convert(journal: Journal, timings: Timings) -> Entries:
+        # One BLAS thread and whole tensors beside one another: so the number of threads changes no byte.
+        with threadpool_limits(1, user_api="blas"):
+            return {name: vars(found) for name, found in _convert(plan, sources, before, timings, progress).items()}
+
+    done = conduct(plan, overwrite, convert)
     return GgufReport(
-        dest=plan.dest / plan.alone,
-        tensors=len(entries),
-        resumed=state is State.RESUMED,
-        complete_before=state is State.COMPLETE,
-        wall_seconds=time.perf_counter() - started,
-        timings=timings,
-        relative_error=max(entry["relative_error"] for entry in entries.values()),
-        peak_memory=peak_resident_bytes(),
-        warnings=plan.warnings,
+        **done.report(plan.dest / plan.alone, plan.warnings),
+        tensors=len(done.tensors),
+        relative_error=max(entry["relative_error"] for entry in done.tensors.values()),
         usage=plan.usage,
     )
 
@@ -94,7 +75,7 @@ def _convert(
     before: Mapping[str, object],
     timings: Timings,
     progress: ProgressCallback | None,
-) -> tuple[GgufAdapterPlan, dict[str, FactorStats]]:
+) -> dict[str, FactorStats]:
     plan = with_known_ranks(plan, timings)
     stats: dict[str, FactorStats] = {}
     with PartialFile(plan.dest / plan.alone, plan.size) as file, products_of(plan) as products:
@@ -112,7 +93,7 @@ def _convert(
         file.commit()
     text = plan.manifest(sources, {plan.alone: output.record}, stats)
     write_file(plan.dest / manifest_name(plan.alone), text)
-    return plan, stats
+    return stats
 
 
 def with_known_ranks(plan: GgufAdapterPlan, timings: Timings) -> GgufAdapterPlan:

@@ -22,10 +22,16 @@ class Ledger:
     """Keeps the order of promises: a step's line after its bytes, a shard's line after its rename."""
 
     def __init__(
-        self, plan: ModelPlan, journal: Journal, done: Progress, finished: int, progress: ProgressCallback | None
+        self,
+        plan: ModelPlan,
+        journal: Journal,
+        done: Progress,
+        finished: int,
+        timings: Timings,
+        progress: ProgressCallback | None,
     ) -> None:
         """Begin with what is `done`, which is `finished` bytes of the source."""
-        self.done, self.timings = done, Timings()
+        self.done, self.timings = done, timings
         self._plan, self._journal, self._progress = plan, journal, progress
         self._finished, self._total = finished, sum(shard.source.size for shard in plan.shards)
         self.advance(0)

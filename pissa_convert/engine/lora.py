@@ -7,19 +7,18 @@ what the destination shows meanwhile is a `.partial` file, and the folder loads 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from blake3 import blake3
 from threadpoolctl import threadpool_limits
 
 from pissa_convert.engine import destination
-from pissa_convert.engine.destination import State, Work
+from pissa_convert.engine.conduct import Entries, Outcome, conduct
+from pissa_convert.engine.destination import Work
 from pissa_convert.engine.factors import FactorFile, InitFactors
-from pissa_convert.engine.files import PartialFile, storage_error, write_file
+from pissa_convert.engine.files import PartialFile, write_file
 from pissa_convert.engine.journal import Journal
 from pissa_convert.engine.ordered import Appender, ProgressCallback, in_order
 from pissa_convert.engine.reading import hash_file
@@ -27,7 +26,7 @@ from pissa_convert.errors import ConversionError, RequestError
 from pissa_convert.formats.adapter import WEIGHTS_NAME
 from pissa_convert.formats.manifest import MANIFEST_NAME, FileRecord
 from pissa_convert.linalg import Backend
-from pissa_convert.memory import chunks, peak_resident_bytes
+from pissa_convert.memory import chunks
 from pissa_convert.plans.lora_plan import INIT_WEIGHTS, LoraPlan, Module, ModuleResult, lora_manifest
 from pissa_convert.plans.lora_planning import choose_ranks
 from pissa_convert.report import LoraReport, Timings
@@ -50,31 +49,18 @@ def run_lora(
     Raises:
         PissaError: see the family.
     """
-    started = time.perf_counter()
-    timings = Timings()
     destination.check(plan, overwrite)
     before = plan.fingerprint
     sources = {name: hash_file(path) for name, path in plan.sources.items()}
     _check_recorded(plan, sources)
-    try:
-        plan.dest.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, plan.dest) from error
-    # One BLAS thread and whole modules beside one another: so the number of threads changes no byte.
-    with Journal(plan.dest) as journal, threadpool_limits(1, user_api="blas"):
-        state = destination.begin(plan, journal, overwrite)
-        if state is State.COMPLETE:
-            try:
-                entries = destination.verify_complete(
-                    plan, plan.head, plan.sources, [INIT_WEIGHTS] if plan.init.derivations else []
-                )
-            finally:
-                journal.remove()
-        else:
+
+    def convert(journal: Journal, timings: Timings) -> Entries:
+        # One BLAS thread and whole modules beside one another: so the number of threads changes no byte.
+        with threadpool_limits(1, user_api="blas"):
             results = _convert(plan, backend, before, sources, timings, progress)
-            journal.remove()
-            entries = {name: vars(result) for name, result in results.items()}
-    return _report(plan, state, entries, time.perf_counter() - started, timings)
+        return {name: vars(result) for name, result in results.items()}
+
+    return _report(plan, conduct(plan, overwrite, convert, [INIT_WEIGHTS] if plan.init.derivations else []))
 
 
 def _check_recorded(plan: LoraPlan, sources: Mapping[str, FileRecord]) -> None:
@@ -116,8 +102,7 @@ def _convert(
     outputs = {WEIGHTS_NAME: output.record}
     texts = {name: (plan.trained.root / name).read_bytes() for name in plan.companions} | plan.texts
     for name, text in texts.items():
-        write_file(plan.dest / name, text)
-        outputs[name] = FileRecord(len(text), blake3(text).hexdigest())
+        outputs[name] = write_file(plan.dest / name, text)
     write_file(plan.dest / MANIFEST_NAME, lora_manifest(plan, sources, outputs, results))
     return results
 
@@ -159,26 +144,20 @@ def check_unchanged(plan: Work, before: Mapping[str, Any]) -> None:
             )
 
 
-def _report(
-    plan: LoraPlan, state: State, entries: Mapping[str, Mapping[str, Any]], seconds: float, timings: Timings
-) -> LoraReport:
+def _report(plan: LoraPlan, done: Outcome) -> LoraReport:
+    entries = done.tensors
+
     def total(key: str) -> float:
         return math.sqrt(sum(entry[key] ** 2 for entry in entries.values()))
 
     norm = total("norm")
     error = math.sqrt(sum((entry["relative_error"] * entry["norm"]) ** 2 for entry in entries.values()))
     return LoraReport(
-        dest=plan.dest,
+        **done.report(plan.dest, _warnings(plan, norm, total("trained_norm"), total("init_norm"))),
         modules={name: dict(entry) for name, entry in entries.items()},
         exact_rank=max(module.exact_rank for module in plan.modules),
         relative_error=error / norm if norm else 0.0,
         relative_change=norm / total("init_norm") if total("init_norm") else None,
-        warnings=_warnings(plan, norm, total("trained_norm"), total("init_norm")),
-        resumed=state is State.RESUMED,
-        complete_before=state is State.COMPLETE,
-        wall_seconds=seconds,
-        timings=timings,
-        peak_memory=peak_resident_bytes(),
     )
 
 

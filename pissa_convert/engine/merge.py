@@ -13,13 +13,13 @@ from threadpoolctl import threadpool_limits
 
 from pissa_convert.engine.factors import FactorFile
 from pissa_convert.engine.lanes import MakeTransform
-from pissa_convert.engine.run import ProgressCallback, carry_out
+from pissa_convert.engine.ledger import ProgressCallback
+from pissa_convert.engine.run import carry_out
 from pissa_convert.engine.workers import Workers
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.bitsandbytes import unpack
 from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.linalg import Backend, Quantiser
-from pissa_convert.memory import peak_resident_bytes
 from pissa_convert.plans.merge_plan import MergePlan
 from pissa_convert.plans.merge_steps import Dequantise, Merge, Target
 from pissa_convert.report import MergeReport
@@ -42,15 +42,9 @@ def run_merge(
     """
     done = carry_out(plan, merge_lanes, workers, overwrite=overwrite, progress=progress)
     return MergeReport(
-        dest=plan.dest,
+        **done.report(plan.dest, plan.warnings),
         tensors=len(done.tensors),
-        resumed=done.resumed,
-        complete_before=done.complete_before,
-        wall_seconds=done.wall_seconds,
-        timings=done.timings,
         relative_error=max((entry["relative_error"] for entry in done.tensors.values()), default=0.0),
-        peak_memory=peak_resident_bytes(),
-        warnings=plan.warnings,
     )
 
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from pissa_convert.engine.lanes import MakeTransform
-from pissa_convert.engine.run import ProgressCallback, carry_out
+from pissa_convert.engine.ledger import ProgressCallback
+from pissa_convert.engine.run import carry_out
 from pissa_convert.engine.workers import Workers
 from pissa_convert.linalg import Backend, QuantisingBackend
-from pissa_convert.memory import peak_resident_bytes
 from pissa_convert.plans.quant_plan import QuantPlan
 from pissa_convert.plans.quant_stats import overall
 from pissa_convert.report import QuantReport
@@ -37,15 +37,10 @@ def run_quantised(
     for entry in adapted:
         types.setdefault(entry["module"].rpartition(".")[2], []).append(dict(entry))
     return QuantReport(
-        dest=plan.dest,
+        **done.report(plan.dest, workers.warnings),
         tensors={name: dict(entry) for name, entry in done.tensors.items()},
         adapted=overall(adapted),
         by_type={name: overall(entries) for name, entries in types.items()},
-        resumed=done.resumed,
-        complete_before=done.complete_before,
-        wall_seconds=done.wall_seconds,
-        timings=done.timings,
-        peak_memory=peak_resident_bytes(),
     )
 
 

@@ -7,19 +7,15 @@ journal says what is done and the same command continues.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
-from pissa_convert.engine import destination
-from pissa_convert.engine.destination import State
-from pissa_convert.engine.files import PartialFile, storage_error, write_file
+from pissa_convert.engine.conduct import Entries, Outcome, conduct
+from pissa_convert.engine.files import PartialFile, write_file
 from pissa_convert.engine.journal import Journal
 from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.ledger import Ledger, ProgressCallback
@@ -30,33 +26,17 @@ from pissa_convert.engine.workers import MakeLanes, Workers, open_beside
 from pissa_convert.errors import ConversionError
 from pissa_convert.formats.manifest import FileRecord, manifest_name, read_manifest
 from pissa_convert.linalg import Backend
-from pissa_convert.memory import CHUNK, chunks, peak_resident_bytes
+from pissa_convert.memory import CHUNK, chunks
 from pissa_convert.plans.fingerprint import identity
 from pissa_convert.plans.split_plan import Plan
 from pissa_convert.plans.steps import changes_of
-from pissa_convert.report import Report, Timings
+from pissa_convert.report import SplitReport, Timings
 from pissa_convert.transforms.split import split_step
 
-__all__ = ["Outcome", "ProgressCallback", "carry_out", "run", "split_lanes"]
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What `carry_out` did.
-
-    Attributes:
-        tensors: the manifest's entry of each transformed weight.
-        resumed, complete_before, wall_seconds, timings: as in `Report`.
-    """
-
-    tensors: Mapping[str, Mapping[str, Any]]
-    resumed: bool
-    complete_before: bool
-    wall_seconds: float
-    timings: Timings
-
-
-def run(plan: Plan, workers: Workers, *, overwrite: bool = False, progress: ProgressCallback | None = None) -> Report:
+def run(
+    plan: Plan, workers: Workers, *, overwrite: bool = False, progress: ProgressCallback | None = None
+) -> SplitReport:
     """Split a model as planned.
 
     Args:
@@ -69,17 +49,11 @@ def run(plan: Plan, workers: Workers, *, overwrite: bool = False, progress: Prog
         PissaError: see the family; after a ConversionError the same call continues where this one stopped.
     """
     done = carry_out(plan, split_lanes, workers, overwrite=overwrite, progress=progress)
-    return Report(
-        dest=plan.dest,
+    return SplitReport(
+        **done.report(plan.dest, workers.warnings),
         tensors=len(done.tensors),
-        resumed=done.resumed,
-        complete_before=done.complete_before,
-        wall_seconds=done.wall_seconds,
-        timings=done.timings,
         relative_error=max(entry["relative_error"] for entry in done.tensors.values()),
         estimated_deficit=max(entry["estimated_deficit"] for entry in done.tensors.values()),
-        peak_memory=peak_resident_bytes(),
-        warnings=tuple(workers.warnings),
     )
 
 
@@ -108,34 +82,27 @@ def carry_out(
     Raises:
         PissaError: see the family; after a ConversionError the same call continues where this one stopped.
     """
-    started = time.perf_counter()
-    timings = Timings()
-    destination.check(plan, overwrite)
-    try:
-        plan.dest.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, plan.dest) from error
-    with Journal(plan.dest, plan.alone) as journal:
-        state = destination.begin(plan, journal, overwrite)
-        if state is State.COMPLETE:
-            try:
-                tensors = destination.verify_complete(plan, plan.head, plan.sources)
-            finally:
-                journal.remove()
-        else:
-            tensors, timings = _convert(plan, make_lanes, workers, journal, progress)
-    return Outcome(tensors, state is State.RESUMED, state is State.COMPLETE, time.perf_counter() - started, timings)
+
+    def convert(journal: Journal, timings: Timings) -> Entries:
+        return _convert(plan, make_lanes, workers, journal, timings, progress)
+
+    return conduct(plan, overwrite, convert)
 
 
 def _convert(
-    plan: ModelPlan, make_lanes: MakeLanes, workers: Workers, journal: Journal, progress: ProgressCallback | None
-) -> tuple[Mapping[str, Mapping[str, Any]], Timings]:
+    plan: ModelPlan,
+    make_lanes: MakeLanes,
+    workers: Workers,
+    journal: Journal,
+    timings: Timings,
+    progress: ProgressCallback | None,
+) -> Entries:
     with open_beside(plan) as beside:
         if beside is not None and plan.beside is not None:
             beside.write(plan.beside.header, 0)
         remaining, done = recover(plan, journal.entries, beside)
     left = sum(work.plan.source.size - work.offset for work in remaining)
-    ledger = Ledger(plan, journal, done, sum(shard.source.size for shard in plan.shards) - left, progress)
+    ledger = Ledger(plan, journal, done, sum(shard.source.size for shard in plan.shards) - left, timings, progress)
     workers.work(plan, make_lanes, remaining, ledger)
     with open_beside(plan) as beside:  # again: other machines may have written to it
         if beside is not None and plan.beside is not None:
@@ -144,15 +111,14 @@ def _convert(
         if name not in done.sources:
             done.sources[name] = _hash_unchanged(plan, name, path)
     for name, text in plan.texts.items():
-        done.outputs[name] = _write_text(plan.dest / name, text)
+        done.outputs[name] = write_file(plan.dest / name, text)
     for name in plan.copies:
         done.outputs[name] = _copy_file(plan, name, done.sources[name])
     for name, text in plan.last_texts.items():
-        done.outputs[name] = _write_text(plan.dest / name, text)
+        done.outputs[name] = write_file(plan.dest / name, text)
     manifest = plan.dest / manifest_name(plan.alone)
     write_file(manifest, plan.manifest(done.sources, done.outputs, done.stats))
-    journal.remove()
-    return read_manifest(manifest).tensors, ledger.timings
+    return read_manifest(manifest).tensors
 
 
 def _hash_unchanged(plan: ModelPlan, name: str, path: Path) -> FileRecord:
@@ -191,11 +157,6 @@ def _commit_beside(plan: ModelPlan, file: PartialFile, sides: Mapping[str, str])
     hash_range(file.descriptor, at, file.size, file.partial, whole, scratch)
     file.commit()
     return FileRecord(file.size, whole.hexdigest())
-
-
-def _write_text(path: Path, data: bytes) -> FileRecord:
-    write_file(path, data)
-    return FileRecord(len(data), blake3(data).hexdigest())
 
 
 def _copy_file(plan: ModelPlan, name: str, record: FileRecord) -> FileRecord:
