@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,32 +12,22 @@ import numpy as np
 from pissa_convert.engine.factors import FactorFile
 from pissa_convert.engine.gguf import GgufLane, gguf_lanes
 from pissa_convert.engine.gguf_adapter import matrices, products_of, with_known_ranks
-from pissa_convert.engine.merge_check import Side
-from pissa_convert.engine.reading import digest_findings
+from pissa_convert.engine.side_by_side import Finding, Squares, compare_side_by_side, judged, relative, squares
 from pissa_convert.errors import FormatError, PissaError, RequestError
 from pissa_convert.formats.gguf_types import TYPES
 from pissa_convert.formats.manifest import Manifest
 from pissa_convert.formats.safetensors import TensorInfo
 from pissa_convert.linalg.native import NativeBackend
-from pissa_convert.memory import chunks
 from pissa_convert.options import RunOptions
 from pissa_convert.plans.gguf.adapter_plan import GgufAdapterPlan
 from pissa_convert.plans.gguf.plan import GgufPlan
 from pissa_convert.plans.gguf.requests import plan_merged_gguf, plan_split_gguf, plan_to_gguf
 from pissa_convert.plans.gguf.steps import Encode, GgufSplit
-from pissa_convert.plans.steps import Copy
 from pissa_convert.report import Timings
-from pissa_convert.transforms.check import same_bytes
 from pissa_convert.transforms.delta import Product, difference, exact_norm
-from pissa_convert.transforms.ggml import Array, decode
+from pissa_convert.transforms.ggml import decode
 
-_TOLERANCE = 1.01
-"""Measured error over the recorded one."""
-
-_SINGLE = 1e-6
-"""What adding up in float32 may have cost."""
-
-Finding = tuple[list[PissaError], list[float]]
+_WRONG = "its values are not what they should be"
 
 
 def plan_again(source: Path, dest: Path, manifest: Manifest, given: Mapping[str, Path]) -> GgufPlan | GgufAdapterPlan:
@@ -69,84 +58,27 @@ _DERIVED = ("dtype", "base_error")
 
 def compare_gguf(plan: GgufPlan, manifest: Manifest, seen: Callable[[int], None]) -> Finding:
     """Compare a model's GGUF, step by step, with what the plan makes of its sources, and both with their records."""
-    shard = plan.shard
-    paths = shard.source.path, plan.dest / shard.name
-    for path, size in zip(paths, (shard.source.size, shard.size), strict=True):
-        found = path.stat().st_size if path.is_file() else "no file"
-        if found != size:
-            return [FormatError("the size differs", file=path, expected=f"{size} bytes", found=found)], []
-    sides = tuple(Side(path, seen) for path in paths)
-    try:
-        with ExitStack() as stack:
-            lane = stack.enter_context(gguf_lanes(plan, NativeBackend(1)))(1)
-            adapter = stack.enter_context(FactorFile(plan.dest / plan.beside.name)) if plan.beside else None
-            findings, errors = _compare(plan, manifest, lane, sides, adapter)
-    except PissaError as error:
-        return [error], []
-    finally:
-        for side in sides:
-            side.close()
-    records = manifest.source.get(shard.source_name), manifest.output.get(shard.name)
-    for side, record in zip(sides, records, strict=True):
-        if record is not None:
-            findings += digest_findings(side.path, record, side.record)
-    return findings, errors
+    with ExitStack() as stack:
+        lane = stack.enter_context(gguf_lanes(plan, NativeBackend(1)))(1)
+        adapter = stack.enter_context(FactorFile(plan.dest / plan.beside.name)) if plan.beside else None
 
-
-def _compare(
-    plan: GgufPlan, manifest: Manifest, lane: GgufLane, sides: tuple[Side, ...], adapter: FactorFile | None
-) -> Finding:
-    old, new = sides
-    findings: list[PissaError] = []
-    sums: dict[str, tuple[float, float]] = {}
-    old.read(0, len(plan.shard.source.header))
-    if new.read(0, len(plan.shard.header)) != plan.shard.header:
-        findings.append(FormatError("the header is not what it should be", file=new.path))
-    for step in plan.shard.steps:
-        if isinstance(step, Copy):
-            for begin, end in chunks(step.begin, step.end):
-                at = step.at + begin - step.begin
-                if not same_bytes(old.read(begin, end), new.read(at, at + end - begin)):
-                    found = ", ".join(step.tensors[:2])
-                    findings.append(FormatError("what was copied differs from SOURCE's", file=new.path, found=found))
-            continue
-        source, stored = old.read(step.begin, step.end), new.read(step.at, step.stop)
-        if isinstance(step, Encode):
-            key, sizes = step.tensor, _encoded(step, lane, source, stored)
-        else:
-            assert isinstance(step, GgufSplit)
+        def measure(step: Encode | GgufSplit, old: memoryview, new: memoryview) -> tuple[str, Squares]:
+            if isinstance(step, Encode):
+                return step.tensor, _encoded(step, lane, old, new)
             assert adapter is not None
-            key, sizes = step.key, _split(step, source, stored, adapter)
-        before = sums.get(key, (0.0, 0.0))
-        sums[key] = before[0] + sizes[0], before[1] + sizes[1]
-    errors = {name: math.sqrt(off / norm) if norm else math.sqrt(off) for name, (off, norm) in sums.items()}
-    findings += [found for name, error in errors.items() for found in _judged(name, error, manifest, new.path)]
-    return findings, [*errors.values()]
+            return step.key, _split(step, old, new, adapter)
+
+        shard = plan.shard
+        return compare_side_by_side(shard, plan.dest / shard.name, manifest, seen, measure, _WRONG, [])
 
 
-def _judged(name: str, measured: float, manifest: Manifest, path: Path) -> list[PissaError]:
-    recorded = manifest.tensors.get(name, {"relative_error": 0.0})["relative_error"]
-    if measured <= _TOLERANCE * recorded + _SINGLE:  # NaN compares false: it must not pass
-        return []
-    expected, found = f"a relative difference of {recorded:.2e}", f"{measured:.2e}"
-    return [
-        FormatError("its values are not what they should be", file=path, tensor=name, expected=expected, found=found)
-    ]
-
-
-def _sizes(exact: Array, stored: Any) -> tuple[float, float]:
-    """‖stored − exact‖² and ‖exact‖², in float64."""
-    off = stored.astype(np.float64) - exact
-    return float(np.vdot(off, off)), float(np.vdot(exact, exact.astype(np.float64)))
-
-
-def _encoded(step: Encode, lane: GgufLane, source: memoryview, stored: memoryview) -> tuple[float, float]:
+def _encoded(step: Encode, lane: GgufLane, source: memoryview, stored: memoryview) -> Squares:
     exact = lane.exact(step, source[step.source])
     size = step.stored.stop - step.stored.start
-    return _sizes(exact, decode(stored[:size], step.treatment.kind, step.columns))
+    return squares(exact, decode(stored[:size], step.treatment.kind, step.columns))
 
 
-def _split(step: GgufSplit, source: memoryview, stored: memoryview, adapter: FactorFile) -> tuple[float, float]:
+def _split(step: GgufSplit, source: memoryview, stored: memoryview, adapter: FactorFile) -> Squares:
     """W against W_res + s·B·A."""
     a, b = adapter.values(step.a), step.spec.scaling * adapter.values(step.b)
     rows, columns = step.spec.rows, step.spec.cols
@@ -157,7 +89,7 @@ def _split(step: GgufSplit, source: memoryview, stored: memoryview, adapter: Fac
         bottom = min(rows, top + count)
         weight = decode(source[top * old : bottom * old], step.kind, columns)
         residual = decode(stored[top * new : bottom * new], step.stored_kind, columns)
-        off, norm = _sizes(weight, residual + b[top:bottom] @ a)
+        off, norm = squares(weight, residual + b[top:bottom] @ a)
         total = total[0] + off, total[1] + norm
     return total
 
@@ -188,8 +120,8 @@ def compare_gguf_adapter(plan: GgufAdapterPlan, manifest: Manifest) -> Finding:
             for whole, meant in zip(matrices(*exact), matrices(a, b), strict=True):
                 off += exact_norm(difference(whole, meant)) ** 2
                 norm += whole.norm**2
-            errors.append(math.sqrt(off / norm) if norm else math.sqrt(off))
-            findings += _judged(tensor.name, errors[-1], manifest, path)
+            errors.append(relative((off, norm)))
+            findings += judged(tensor.name, errors[-1], manifest, path, _WRONG)
     return findings, errors
 
 

@@ -28,11 +28,8 @@ def compare_lora(
     Returns:
         What differs, and the measured relative errors.
     """
-    try:
-        made, trained = open_adapter(dest, "DEST"), open_adapter(trained_root, "--source")
-        init = stored_init(init_root)
-    except PissaError as error:
-        return [error], []
+    made, trained = open_adapter(dest, "DEST"), open_adapter(trained_root, "--source")
+    init = stored_init(init_root)
     findings: list[PissaError] = [
         FormatError("does not have the modules of DEST", file=path, found=", ".join(sorted(odd)[:2]))
         for path, pairs in ((trained.file.path, trained.pairs), (init.file, init.pairs))

@@ -18,6 +18,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from pissa_convert.engine.journal import journal_name
+from pissa_convert.engine.side_by_side import Finding
 from pissa_convert.engine.verify_jobs import Origins, jobs
 from pissa_convert.errors import DamageError, FormatError, PissaError, RequestError
 from pissa_convert.formats.manifest import MANIFEST_NAME, Manifest, manifest_name, read_manifest
@@ -86,7 +87,7 @@ def verify(dest: Path, origins: Origins, *, threads: int, progress: Progress | N
     errors: list[float] = []
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(threads, _WORKERS), "verify") as pool:
         try:
-            for found, measured in pool.map(lambda job: job(), jobs(folder, origins, manifest, seen)):
+            for found, measured in pool.map(_done, jobs(folder, origins, manifest, seen)):
                 findings += found
                 errors += measured
         except BaseException:
@@ -105,6 +106,14 @@ def verify(dest: Path, origins: Origins, *, threads: int, progress: Progress | N
         wall_seconds=time.perf_counter() - started,
         peak_memory=peak_resident_bytes(),
     )
+
+
+def _done(job: Callable[[], Finding]) -> Finding:
+    """What a job finds; that it cannot go on is a finding too."""
+    try:
+        return job()
+    except PissaError as error:
+        return [error], []
 
 
 def _check_request(dest: Path, folder: Path, alone: str | None, source: Path | None) -> None:
