@@ -1,5 +1,6 @@
 """The bounded pipeline: read ahead, transform, write behind, journal, commit, resume; and verify afterwards.
 
+conduct.py      around every conversion: lock, state, time
 run.py          any plan that walks a model's shards, from lock to manifest; and a split
 merge.py        a merge by the same way: what a lane does
 lora.py         the shorter way of a LoRA, which walks two adapters
@@ -17,12 +18,15 @@ recovery.py     what of an interrupted run can be kept
 pipeline.py     reader → lanes → writer, with bounded bytes in flight
 work.py         what passes between them, and what they ask of a plan
 buffers.py      the bytes in flight
+lanes.py        tensors that are transformed at the same time
+workers.py      who works on the shards: this process, or with shard_task.py others
+ledger.py       what is done, told to the journal and to the user
 hashing.py      digests in threads beside them
 reading.py      reads by position, and digests of whole files
 files.py        output files that grow as NAME.partial and are committed by rename
 journal.py      what is already done, in lines that prove themselves
 verify.py       a finished folder against its manifest
 verify_jobs.py  what there is to check, by target
-comparison.py, lora_check.py, merge_check.py, gguf_check.py
+comparison.py, side_by_side.py, *_check.py
                 a result against what it was made from
 """
