@@ -6,7 +6,8 @@
 quantiser  4096 × 4096 bf16 values to NF4 with double quantisation, bitsandbytes' way and ours, with as many threads.
 reduction  1 − ‖W − (Q + B·A)‖_* / ‖W − Q(W)‖_*, nuclear norms, on the linear layers of SmolLM2 and MiniLM (every N-th
            layer of the model), mean by type of module; ours with double quantisation, as it is stored. The official
-           algorithm and LoftQ are written down here from their papers, on torch's full SVD and bitsandbytes' quantiser.
+           algorithm and LoftQ are written down here from their papers, on torch's full SVD and bitsandbytes' quantiser,
+           in float32 and without double quantisation as their authors have it.
 time       the official algorithm's on these layers, for the model's number of layers, and the command's on the whole
            model.
 loss       next-token loss on a text before any training, of the weights as bitsandbytes reads them, plus B·A.
@@ -51,21 +52,21 @@ def principal(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return (left[:, :rank] * values[:rank]) @ right[:rank]
 
 
-def official(weight: torch.Tensor, dtype: torch.dtype, rank: int, turns: int) -> Iterator[torch.Tensor]:
+def official(weight: torch.Tensor, rank: int, turns: int) -> Iterator[torch.Tensor]:
     """What is missing of W after each turn of QPiSSA as its authors' code has it: it ends on quantising."""
     product = principal(weight, rank)
     for turn in range(turns):
-        base = quantised(weight - product, dtype, False)
+        base = quantised(weight - product, torch.float32, False)
         yield weight - base - product
         if turn + 1 < turns:
             product = principal(weight - base, rank)
 
 
-def loftq(weight: torch.Tensor, dtype: torch.dtype, rank: int, turns: int) -> torch.Tensor:
+def loftq(weight: torch.Tensor, rank: int, turns: int) -> torch.Tensor:
     """Base and product of LoftQ, which begins with quantising W and ends on refitting."""
     product = torch.zeros_like(weight)
     for _ in range(turns):
-        base = quantised(weight - product, dtype, False)
+        base = quantised(weight - product, torch.float32, False)
         product = principal(weight - base, rank)
     return base + product
 
@@ -116,10 +117,10 @@ def measure_reduction(name: str, model: Path, every: int, rank: int, folder: Pat
         plain = nuclear_norm(weight - quantised(weight, dtype, True))
         missing = {}
         started = time.perf_counter()
-        turns_left = list(official(weight, dtype, rank, 5))
+        turns_left = list(official(weight, rank, 5))
         took += time.perf_counter() - started
         missing["official 1"], missing["official 5"] = turns_left[0], turns_left[4]
-        missing["LoftQ 5"] = weight - loftq(weight, dtype, rank, 5)
+        missing["LoftQ 5"] = weight - loftq(weight, rank, 5)
         for turns, (stored, adapter) in results.items():
             a, b = adapter[module]
             missing[f"ours {turns}"] = weight - stored[f"{module}.weight"].float() - b @ a
@@ -160,7 +161,7 @@ def measure_loss(model: Path, rank: int, folder: Path) -> Iterator[Row]:
     losses = {
         "original": loss(original),
         "qpissa": loss(lambda m: stored[f"{m}.weight"].float() + adapter[m][1] @ adapter[m][0]),
-        "loftq": loss(lambda m: loftq(original(m), torch.bfloat16, rank, 5)),
+        "loftq": loss(lambda m: loftq(original(m), rank, 5)),
         "qlora": loss(lambda m: quantised(original(m), torch.bfloat16, True)),
     }
     said = ", ".join(f"{who} {value:.4f}" for who, value in losses.items())

@@ -17,9 +17,6 @@
 namespace pissa {
 namespace {
 
-// Stop when the estimate says that a full SVD would capture at most this much more of the leading energy.
-constexpr double kTargetDeficit = 2.5e-3;
-
 // Where σ_r is less of σ₁ than this, products in bf16 and sums in float would cost the last directions accuracy.
 constexpr double kPrecise = 2e-2;
 

@@ -11,6 +11,9 @@
 
 namespace pissa {
 
+// Stop when the estimate says that a full SVD would capture at most this much more of the leading energy.
+constexpr double kTargetDeficit = 2.5e-3;
+
 // W ≈ Σ σᵢ·uᵢ·vᵢᵀ, with uᵢ the column order[i] of `left`, and vᵢ that of `right` divided by its length. Row-major with
 // `stride`.
 struct Factors {

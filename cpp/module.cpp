@@ -90,8 +90,8 @@ class Splitter {
 
   pissa::SplitResult split(const py::buffer& weight, std::size_t rows, std::size_t cols, const std::string& dtype,
                            std::size_t rank, double scaling, bool fan_in_fan_out, const py::buffer& a,
-                           const py::buffer& b, const std::string& adapter_dtype, std::size_t passes,
-                           std::uint64_t key) {
+                           const py::buffer& b, const std::string& adapter_dtype, std::size_t passes, std::uint64_t key,
+                           bool near) {
     pissa::SplitRequest request{};
     request.adapter_dtype = parse_dtype(adapter_dtype);
     request.weight =
@@ -104,10 +104,13 @@ class Splitter {
     request.b = writable_bytes(b, out * rank * size_of(request.adapter_dtype), "b");
     request.passes = passes;
     request.key = key;
+    if (near && (fan_in_fan_out || request.weight.dtype != pissa::DType::f32)) {
+      throw std::invalid_argument("a refit is of a float matrix, out × in");
+    }
     if (!(scaling > 0)) throw std::invalid_argument("scaling must be greater than 0");
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
-    return pissa::split(kernels_, pool_, request);
+    return near ? pissa::refit(kernels_, pool_, request) : pissa::split(kernels_, pool_, request);
   }
 
   double norm(const py::buffer& values, const std::string& dtype) {
@@ -236,7 +239,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("kernel", &Splitter::kernel)
       .def("split", &Splitter::split, py::arg("weight"), py::arg("rows"), py::arg("cols"), py::arg("dtype"),
            py::arg("rank"), py::arg("scaling"), py::arg("fan_in_fan_out"), py::arg("a"), py::arg("b"),
-           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"))
+           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"), py::arg("near") = false)
       .def("norm", &Splitter::norm, py::arg("values"), py::arg("dtype"))
       .def("nuclear_norm", &Splitter::nuclear_norm, py::arg("values"), py::arg("rows"), py::arg("cols"),
            py::arg("dtype"))
@@ -250,6 +253,12 @@ PYBIND11_MODULE(_core, m) {
            py::arg("dtype"), py::arg("code"), py::arg("packed"), py::arg("absmax"));
   m.def("workspace_bytes", &workspace_bytes, py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("rank"),
         py::arg("passes"), py::arg("threads"));
+  m.def(
+      "refit_workspace_bytes",
+      [](std::size_t rows, std::size_t cols, std::size_t rank, unsigned threads) {
+        return pissa::refit_workspace_bytes(describe(nullptr, "F32", rows, cols, rank), rank, threads);
+      },
+      py::arg("rows"), py::arg("cols"), py::arg("rank"), py::arg("threads"));
   m.def(
       "nuclear_norm_workspace_bytes",
       [](std::size_t rows, std::size_t cols, unsigned threads) {

@@ -22,34 +22,6 @@ constexpr double kExhausted = 1e-6;
 constexpr double kCancellation = 1.0 / 64;
 constexpr int kMaxRounds = 6;
 
-// gram (k × k, destroyed) = rᵀ·r, r upper triangular, and r's inverse. False where the columns are too dependent for
-// it.
-//
-// A product with the inverse is several times faster than a triangular solve so narrow, and as accurate for a triangle
-// this well conditioned.
-bool cholesky(std::size_t k, std::vector<double>& gram, std::vector<double>& r, std::vector<double>& inverse) {
-  std::vector<double> length(k);
-  for (std::size_t j = 0; j < k; ++j) {
-    length[j] = std::sqrt(gram[j * k + j]);
-    if (!(length[j] > 0)) return false;
-  }
-  for (std::size_t j = 0; j < k; ++j) {
-    for (std::size_t i = 0; i < k; ++i) gram[j * k + i] /= length[i] * length[j];
-  }
-  const int size = lapack::narrow(k);
-  int info = 0;
-  lapack::scipy_dpotrf_("U", &size, gram.data(), &size, &info);
-  if (info != 0) return false;
-  std::fill(inverse.begin(), inverse.end(), 0.0);
-  for (std::size_t j = 0; j < k; ++j) {
-    if (gram[j * k + j] < kSmallestDiagonal) return false;
-    for (std::size_t i = 0; i < k; ++i) r[j * k + i] = i <= j ? gram[j * k + i] * length[j] : 0.0;
-    inverse[j * k + j] = 1;
-  }
-  lapack::solve_right(k, k, r.data(), k, inverse.data(), k);
-  return true;
-}
-
 void householder_qr(ThreadPool& pool, std::size_t n, float* z, std::size_t k, double* r) {
   Buffer<float> columns(pool.scratch(), n * k);
   for (std::size_t i = 0; i < n; ++i) {
@@ -132,6 +104,31 @@ double trace(const std::vector<double>& matrix, std::size_t k) {
 }
 
 }  // namespace
+
+// A product with the inverse is several times faster than a triangular solve so narrow, and as accurate for a triangle
+// this well conditioned.
+bool cholesky(std::size_t k, std::vector<double>& gram, std::vector<double>& r, std::vector<double>& inverse) {
+  std::vector<double> length(k);
+  for (std::size_t j = 0; j < k; ++j) {
+    length[j] = std::sqrt(gram[j * k + j]);
+    if (!(length[j] > 0)) return false;
+  }
+  for (std::size_t j = 0; j < k; ++j) {
+    for (std::size_t i = 0; i < k; ++i) gram[j * k + i] /= length[i] * length[j];
+  }
+  const int size = lapack::narrow(k);
+  int info = 0;
+  lapack::scipy_dpotrf_("U", &size, gram.data(), &size, &info);
+  if (info != 0) return false;
+  std::fill(inverse.begin(), inverse.end(), 0.0);
+  for (std::size_t j = 0; j < k; ++j) {
+    if (gram[j * k + j] < kSmallestDiagonal) return false;
+    for (std::size_t i = 0; i < k; ++i) r[j * k + i] = i <= j ? gram[j * k + i] * length[j] : 0.0;
+    inverse[j * k + j] = 1;
+  }
+  lapack::solve_right(k, k, r.data(), k, inverse.data(), k);
+  return true;
+}
 
 template <class Element>
 Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, Element* x, std::size_t stride,

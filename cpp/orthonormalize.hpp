@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 #include "kernels/kernels.hpp"
 #include "thread_pool.hpp"
@@ -25,5 +26,9 @@ struct Extension {
 template <class Element>
 Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, Element* x, std::size_t stride,
                        std::size_t p, std::size_t recent, float* z, std::size_t k);
+
+// gram (k × k, destroyed) = rᵀ·r, r upper triangular, and r's inverse. False where the columns are too dependent for
+// it.
+bool cholesky(std::size_t k, std::vector<double>& gram, std::vector<double>& r, std::vector<double>& inverse);
 
 }  // namespace pissa

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "buffer.hpp"
@@ -13,6 +14,7 @@ namespace {
 constexpr std::size_t kRowsPerTask = 32;
 constexpr std::size_t kStripsPerPiece = 8;
 constexpr std::size_t kMaxProduct = 32 * kStripsPerPiece * 32;  // of a tile's rows with a piece's columns
+constexpr std::size_t kMaxColumns = 64 * kStripsPerPiece;       // of a piece
 
 template <class Element, class Value>
 Element convert(Value value) {
@@ -80,7 +82,14 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
           for (std::size_t j = 0; j < rows * piece * strip; ++j) product[j] *= unfolded;
         }
         for (std::size_t row = 0; row < rows; ++row) {
-          kernels.subtract(place(row), weight.dtype, product + row * piece * strip, columns, norm_scale, norms[task]);
+          const Sum* values = product + row * piece * strip;
+          if (std::is_same_v<Sum, float> && weight.dtype == DType::f32) {
+            double wide[kMaxColumns];
+            std::copy_n(values, columns, wide);
+            kernels.subtract(place(row), weight.dtype, wide, columns, norm_scale, norms[task]);
+          } else {
+            kernels.subtract(place(row), weight.dtype, values, columns, norm_scale, norms[task]);
+          }
         }
       }
     }
@@ -100,8 +109,9 @@ constexpr float kSmallScale = 0x1p-60f, kLargeScale = 0x1p60f;
 }  // namespace
 
 ResidualNorms subtract_product(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* left,
-                               const float* right, std::size_t rank, double scaling, float norm_scale) {
-  if (weight.dtype == DType::f32) {
+                               const float* right, std::size_t rank, double scaling, float norm_scale,
+                               Precision precision) {
+  if (weight.dtype == DType::f32 && precision == Precision::of_weight) {
     return subtract_with<double, double>(kernels, kernels.tile_f64, pool, weight, left, right, rank, scaling,
                                          norm_scale);
   }

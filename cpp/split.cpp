@@ -10,6 +10,7 @@
 #include "factorize.hpp"
 #include "kernels/scalar.hpp"
 #include "packing.hpp"
+#include "refit.hpp"
 #include "residual.hpp"
 
 namespace pissa {
@@ -114,11 +115,9 @@ StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const
   return stored;
 }
 
-}  // namespace
-
-SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request) {
-  SplitResult result;
-  Factors factors = factorize(kernels, pool, request, result);
+// Writes A, B and what they leave.
+SplitResult finish(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, Factors factors,
+                   SplitResult result, Precision precision) {
   auto phase = Clock::now();
   const StoredFactors stored = store_factors(pool, request, factors);
   if (!stored.finite) throw std::domain_error("gives adapter factors that overflow the adapter's dtype");
@@ -128,7 +127,7 @@ SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
   phase = Clock::now();
   const int exponent = result.sigma[0] > 0 ? std::clamp(std::ilogb(result.sigma[0]), -120, 120) : 0;
   const ResidualNorms norms = subtract_product(kernels, pool, request.weight, stored.left.data(), stored.right.data(),
-                                               request.rank, request.scaling, std::ldexp(1.0f, -exponent));
+                                               request.rank, request.scaling, std::ldexp(1.0f, -exponent), precision);
   if (!norms.finite) throw std::overflow_error("has a residual that overflows its dtype");
   result.weight_norm = norms.weight;
   result.rounding_error = norms.error;
@@ -136,11 +135,30 @@ SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
   return result;
 }
 
+}  // namespace
+
+SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request) {
+  SplitResult result;
+  Factors factors = factorize(kernels, pool, request, result);
+  return finish(kernels, pool, request, std::move(factors), std::move(result), Precision::of_weight);
+}
+
+SplitResult refit(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request) {
+  SplitResult result;
+  std::optional<Factors> factors = follow(kernels, pool, request, result);
+  if (!factors) factors = factorize(kernels, pool, request, result);
+  return finish(kernels, pool, request, std::move(*factors), std::move(result), Precision::single);
+}
+
 std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads) {
   const std::size_t factors = 2 * sizeof(float) * (weight.rows + weight.cols) * rank;
   return std::max(factorize_workspace_bytes(weight, rank, passes, threads) + factors / 2,
                   factors + residual_workspace_bytes(weight, rank)) +
          (4u << 20);
+}
+
+std::size_t refit_workspace_bytes(const Weight& weight, std::size_t rank, unsigned threads) {
+  return std::max(follow_workspace_bytes(weight, rank, threads), split_workspace_bytes(weight, rank, 0, threads));
 }
 
 }  // namespace pissa

@@ -260,6 +260,19 @@ class QuantisingBackend(Backend, Quantiser, Protocol):
     def with_threads(self, threads: int) -> QuantisingBackend:
         """See `Backend.with_threads`."""
 
+    def refit(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> None:
+        """Fit A and B to a float32 matrix near one of which `a` holds the A, and leave in its place what they leave.
+
+        The search begins at that A, so that one pass over the matrix is enough as a rule; where the matrix is not near
+        after all, it is that of a `split`. What is left is rounded to float32 after float32 sums.
+
+        Raises:
+            WeightError: see `split`.
+        """
+
+    def refit_workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
+        """Upper bound of the memory that it takes beside the three buffers."""
+
 
 def tensor_key(seed: int, name: str) -> int:
     """The key of a tensor's random start: 64 bits of SHA-256 over seed and name.

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from pissa_convert import _core
@@ -79,8 +80,12 @@ class NativeBackend:
         """See `Backend.split`."""
         return as_stats(self.split_with_timings(weight, a, b, spec))
 
+    def refit(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> None:
+        """See `QuantisingBackend.refit`."""
+        self.split_with_timings(difference, a, b, replace(spec, dtype="F32"), near=True)
+
     def split_with_timings(
-        self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec
+        self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec, *, near: bool = False
     ) -> _core.SplitResult:
         """The same with the core's own result, which also holds the seconds of its phases."""
         try:
@@ -97,6 +102,7 @@ class NativeBackend:
                 adapter_dtype=spec.adapter_dtype,
                 passes=spec.passes or 0,
                 key=spec.key,
+                near=near,
             )
         except (ValueError, OverflowError) as error:
             raise WeightError(f"the weight {error}", fix="repair the checkpoint, or exclude the module") from error
@@ -134,6 +140,10 @@ class NativeBackend:
         self._splitter.relax_towards(
             target, difference, relaxation, spec.dtype, spec.code, stored.packed, stored.absmax
         )
+
+    def refit_workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
+        """See `QuantisingBackend.refit_workspace_bytes`."""
+        return _core.refit_workspace_bytes(spec.rows, spec.cols, spec.rank, threads)
 
     def nuclear_norm_workspace_bytes(self, rows: int, cols: int, threads: int) -> int:
         """See `Quantiser.nuclear_norm_workspace_bytes`."""

@@ -128,9 +128,9 @@ def _workspace(shards: Iterable[ShardPlan], backend: QuantisingBackend, widths: 
         form = treatment.format
         if split is None:
             return workspace_bytes(None, form)
-        own = backend.workspace_bytes(replace(split, dtype="F32"), threads)
+        own = backend.workspace_bytes(split, threads), backend.refit_workspace_bytes(split, threads)
         norm = backend.nuclear_norm_workspace_bytes(form.rows, form.cols, threads)
-        return max(own, norm) + workspace_bytes(split, form)
+        return max(*own, norm) + workspace_bytes(split, form)
 
     steps = (step for shard in shards for step in shard.steps if isinstance(step, Quantise))
     return widths.total((step.nbytes, partial(lane, step)) for step in steps)

@@ -14,7 +14,7 @@ LoftQ (arXiv 2310.08659) is the same alternation, plain, from A = B = 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pissa_convert.linalg import FourBit, FourBitSpec, QuantisingBackend, SplitSpec
 
@@ -58,34 +58,34 @@ def alternate(
     Raises:
         WeightError: it holds NaN or infinity, or a factor overflows its dtype.
     """
-    goal = _copy(weight)
-    a, b = (memoryview(bytearray(size)) for size in split.factor_bytes)
-    backend.split(goal, a, b, split)  # leaves W − s·B·A
-    return _alternate(weight, goal, _RELAXATION, split, form, iterations, backend)
+    goal, first = _copy(weight), _empty(split, form)
+    backend.split(goal, first.a, first.b, split)  # leaves W − s·B·A
+    return _alternate(weight, goal, first, _RELAXATION, split, iterations, backend)
 
 
 def loftq(
     weight: memoryview, split: SplitSpec, form: FourBitSpec, iterations: int, backend: QuantisingBackend
 ) -> Adapted:
     """The same in LoftQ's order, for comparison."""
-    return _alternate(weight, _copy(weight), 1.0, split, form, iterations, backend)
+    return _alternate(weight, _copy(weight), _empty(split, form), 1.0, split, iterations, backend)
 
 
 def _alternate(
     weight: memoryview,
     goal: memoryview,
+    first: Adapted,
     relaxation: float,
     split: SplitSpec,
-    form: FourBitSpec,
     iterations: int,
     backend: QuantisingBackend,
 ) -> Adapted:
-    best, spare = _empty(split, form), _empty(split, form)
-    refit = replace(split, dtype="F32")
+    """From the base for `goal`; `first` holds an A to begin the search for A and B with, or zeros."""
+    best, spare = first, _empty(split, first.base.spec)
     for turn in range(1, iterations + 1):
         backend.quantise(goal, spare.base)
         backend.subtract(weight, spare.base, spare.difference)
-        backend.split(spare.difference, spare.a, spare.b, refit)
+        spare.a[:] = best.a
+        backend.refit(spare.difference, spare.a, spare.b, split)
         spare.error, spare.iterations = backend.norm(spare.difference, "F32"), turn
         gained = turn == 1 or spare.error < (1 - _GAIN) * best.error
         if turn < iterations and gained:
