@@ -24,7 +24,8 @@ enum class Precision { of_weight, single };
 // weight must be representable in bf16, so that they can be multiplied as such without a further error.
 //
 // The product is summed in float for 2-byte weights and in double for f32, where float sums would add an error as
-// large as the rounding itself, unless `single` asks for no better. `norm_scale` is a power of two near 1/‖W‖₂ for the norms' range.
+// large as the rounding itself, unless `single` asks for no better. `norm_scale` is a power of two near 1/‖W‖₂ for the
+// norms' range.
 ResidualNorms subtract_product(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* left,
                                const float* right, std::size_t rank, double scaling, float norm_scale,
                                Precision precision = Precision::of_weight);
