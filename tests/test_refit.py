@@ -75,6 +75,21 @@ def test_it_captures_what_a_split_captures(
     assert torch.allclose(left.double(), matrix.double() - product, atol=1e-6 * float(matrix.norm()))
 
 
+def test_it_takes_fewer_products_than_a_split() -> None:
+    backend, weight, spec = NativeBackend(2), llm_like(600, 800), spec_of((600, 800), 64)
+    matrix = near(weight, 64)
+    found = {}
+    for is_near in (False, True):
+        a, b = empty_factors(spec)
+        backend.split(raw(weight.clone()), raw(a), raw(b), spec)
+        result = backend.split_with_timings(raw(matrix.clone()), raw(a), raw(b), spec, near=is_near)
+        width = spec.rank if is_near else result.block
+        found[is_near] = result.passes * width, missed(matrix, spec.scaling * b.double() @ a.double(), 64)
+    (columns, deficit), (columns_near, deficit_near) = found[False], found[True]
+    assert columns_near < columns
+    assert max(deficit, deficit_near) < 1e-6
+
+
 def test_the_factors_are_those_of_a_split(backend: QuantisingBackend) -> None:
     """σ/s is shared as a square root, in descending order, and the signs are fixed."""
     weight, spec = llm_like(320, 448), spec_of((320, 448), 24)

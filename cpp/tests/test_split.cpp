@@ -54,6 +54,42 @@ void check_split(const Case& c, DType dtype, DType adapter_dtype) {
   }
 }
 
+struct Refitted {
+  std::vector<unsigned char> left;
+  std::vector<float> a, b;
+  SplitResult result;
+};
+
+// The refit of a matrix whose every value is up to a hundredth away from those of one that was split.
+Refitted refit_near(const Case& c, unsigned threads) {
+  TestWeight w(DType::f32, c.rows, c.cols, 7), near = w;
+  near.weight.data = near.bytes.data();
+  auto* values = reinterpret_cast<float*>(near.bytes.data());
+  for (std::size_t i = 0; i < c.rows * c.cols; ++i) values[i] *= 1 + 0.01f * random_value(8, i);
+  Refitted found{{}, std::vector<float>(c.rank * c.cols), std::vector<float>(c.rank * c.rows), {}};
+  ThreadPool pool(threads);
+  SplitRequest request{w.weight, c.rank, 0.5, false, DType::f32, found.a.data(), found.b.data(), 0, 42};
+  split(select_kernels(), pool, request);
+  request.weight = near.weight;
+  found.result = refit(select_kernels(), pool, request);
+  found.left = near.bytes;
+  return found;
+}
+
+void check_refit(const Case& c) {
+  const Refitted one = refit_near(c, 1);
+  for (const unsigned threads : {2u, 3u}) {
+    const Refitted other = refit_near(c, threads);
+    CHECK(one.left == other.left && one.a == other.a && one.b == other.b, "%u threads change the refit", threads);
+  }
+  const auto* left = reinterpret_cast<const float*>(one.left.data());
+  double missing = 0, energy = 0;
+  for (std::size_t i = 0; i < c.rows * c.cols; ++i) missing += static_cast<double>(left[i]) * left[i];
+  for (const double sigma : one.result.sigma) energy += sigma * sigma;
+  const double norm = one.result.weight_norm;
+  CHECK(std::fabs(missing + energy - norm * norm) <= 1e-4 * norm * norm, "%g and %g of %g", missing, energy, norm);
+}
+
 void check_refusals() {
   for (const std::size_t rows : {20u, 300u}) {  // the exact and the iterative path
     TestWeight w(DType::f32, rows, 280, 7);
@@ -78,6 +114,7 @@ int main() {
     for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
       for (const DType adapter : {DType::f32, DType::f16, DType::bf16}) check_split(c, dtype, adapter);
     }
+    check_refit(c);
   }
   check_refusals();
   std::printf("%d failures\n", failures);

@@ -74,9 +74,10 @@ def choose_backend(to: str, options: Mapping[str, Any], run_options: RunOptions)
     """
     if to == "pissa" or (to == "lora" and options.get("base") is not None):
         return select_backend(run_options.device, run_options.threads, run_options.max_vram)
+    reason = "it works on the CPU" if to == "qpissa" else "it splits no weight"
     for name, is_given in (("device", run_options.device not in ("auto", "cpu")), ("max-vram", run_options.max_vram)):
         if is_given:
-            raise RequestError(f"--{name} does not apply to --to {to}: it splits no weight", fix="leave it out")
+            raise RequestError(f"--{name} does not apply to --to {to}: {reason}", fix="leave it out")
     return NativeBackend(run_options.threads)
 
 
