@@ -20,7 +20,7 @@ RAW = memoryview(WEIGHT.view(-1).view(torch.uint8).numpy())
 
 
 def run(iterations: int) -> Adapted:
-    return alternate(RAW, SPLIT, FORM, iterations, NativeBackend(1))
+    return alternate(RAW, SPLIT, FORM, iterations, NativeBackend(1), NativeBackend(1))
 
 
 def values(buffer: memoryview, *shape: int) -> torch.Tensor:
@@ -55,4 +55,4 @@ def test_more_turns_leave_less_until_they_do_not() -> None:
 
 
 def test_it_ends_below_loftq() -> None:
-    assert run(5).error < loftq(RAW, SPLIT, FORM, 5, NativeBackend(1)).error
+    assert run(5).error < loftq(RAW, SPLIT, FORM, 5, NativeBackend(1), NativeBackend(1)).error

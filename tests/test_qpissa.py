@@ -17,6 +17,8 @@ from training import logits, shortened, tokens_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pissa_convert import convert, plan, verify
+from pissa_convert.linalg.torch_backend import TorchBackend
+from pissa_convert.linalg.torch_device import Device
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
@@ -36,6 +38,20 @@ def result(model: Path) -> Path:
     dest = model.parent / "out"
     convert(model, dest, "qpissa")
     return dest
+
+
+def test_a_gpu_splits_and_the_cpu_quantises(model: Path, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's arithmetic of a GPU, done by the CPU."""
+    gpu = TorchBackend([Device(torch.device("cpu"), 1 << 40)])
+    monkeypatch.setattr("pissa_convert.plans.requests.select_backend", lambda *options: gpu)
+    dest = model.parent / "gpu"
+    convert(model, dest, "qpissa")
+    entries, native = (json.loads((folder / "pissa_convert.json").read_text()) for folder in (dest, result))
+    assert entries["backend"].startswith("torch")
+    assert entries["tensors"].keys() == native["tensors"].keys()
+    for name, entry in entries["tensors"].items():
+        assert entry["relative_error"] == pytest.approx(native["tensors"][name]["relative_error"], rel=0.01)
+    assert verify(dest, model).tensors == len(entries["tensors"])
 
 
 def quantised_by_transformers(model: Path, dest: Path, code: str, double: bool) -> Path:

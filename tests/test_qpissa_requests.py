@@ -39,7 +39,7 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["--iterations", "0"], "--iterations is out of range"),
         (["--compute-dtype", "float8"], "--compute-dtype is unknown"),
         (["--rank", "64"], "--rank is larger than the weight allows: expected at most 48"),
-        (["--device", "cuda"], "--device does not apply to --to qpissa: it works on the CPU"),
+        (["--device", "tpu"], "--device is unknown: expected auto, cpu, cuda or cuda:N, found tpu"),
         (["--dtype", "float16"], "--dtype does not apply to --to qpissa"),
     ],
 )

@@ -10,15 +10,20 @@ from checkpoints import llm_like
 from four_bit import plainly_quantised
 
 from pissa_convert.errors import WeightError
-from pissa_convert.linalg import QuantisingBackend, SplitSpec, tensor_key
+from pissa_convert.linalg import Backend, SplitSpec, tensor_key
 from pissa_convert.linalg.native import NativeBackend
+from pissa_convert.linalg.torch_backend import TorchBackend
+from pissa_convert.linalg.torch_device import Device
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
-def backend(request: pytest.FixtureRequest) -> QuantisingBackend:
-    return NativeBackend(request.param)
+@pytest.fixture(params=["1 thread", "3 threads", "torch"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """torch's arithmetic is that of a GPU, done by the CPU."""
+    if request.param == "torch":
+        return TorchBackend([Device(torch.device("cpu"), 1 << 40)])
+    return NativeBackend(int(request.param[0]))
 
 
 def spec_of(shape: tuple[int, int], rank: int, adapter_dtype: str = "F32", scaling: float = 2.0) -> SplitSpec:
@@ -41,7 +46,7 @@ def near(weight: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def split_then_refit(
-    backend: QuantisingBackend, spec: SplitSpec, first: torch.Tensor, second: torch.Tensor
+    backend: Backend, spec: SplitSpec, first: torch.Tensor, second: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A and B of `second`, from the A of `first`, and what they leave."""
     a, b = empty_factors(spec)
@@ -64,7 +69,7 @@ def missed(matrix: torch.Tensor, product: torch.Tensor, rank: int) -> float:
     [((300, 500), 16), ((500, 300), 40), ((257, 391), 5), ((700, 650), 96), ((64, 64), 64), ((9, 1), 1)],
 )
 def test_it_captures_what_a_split_captures(
-    backend: QuantisingBackend, shape: tuple[int, int], rank: int, adapter_dtype: str
+    backend: Backend, shape: tuple[int, int], rank: int, adapter_dtype: str
 ) -> None:
     weight, spec = llm_like(*shape), spec_of(shape, rank, adapter_dtype)
     matrix = near(weight, rank)
@@ -90,7 +95,7 @@ def test_it_takes_fewer_products_than_a_split() -> None:
     assert max(deficit, deficit_near) < 1e-6
 
 
-def test_the_factors_are_those_of_a_split(backend: QuantisingBackend) -> None:
+def test_the_factors_are_those_of_a_split(backend: Backend) -> None:
     """σ/s is shared as a square root, in descending order, and the signs are fixed."""
     weight, spec = llm_like(320, 448), spec_of((320, 448), 24)
     matrix = near(weight, 24)
@@ -102,7 +107,7 @@ def test_the_factors_are_those_of_a_split(backend: QuantisingBackend) -> None:
 
 
 @pytest.mark.parametrize("start", ["nothing", "another matrix'"])
-def test_where_the_start_is_no_good_the_search_is_that_of_a_split(backend: QuantisingBackend, start: str) -> None:
+def test_where_the_start_is_no_good_the_search_is_that_of_a_split(backend: Backend, start: str) -> None:
     matrix, spec = llm_like(300, 500), spec_of((300, 500), 16)
     a, b = empty_factors(spec)
     if start != "nothing":
@@ -112,7 +117,7 @@ def test_where_the_start_is_no_good_the_search_is_that_of_a_split(backend: Quant
 
 
 @pytest.mark.parametrize("exponent", [-100, 100])
-def test_scale_is_of_no_account(backend: QuantisingBackend, exponent: int) -> None:
+def test_scale_is_of_no_account(backend: Backend, exponent: int) -> None:
     weight, spec = llm_like(200, 300), spec_of((200, 300), 8)
     matrix = near(weight, 8)
     plain, _, _ = split_then_refit(backend, spec, weight, matrix)
@@ -124,7 +129,7 @@ def test_scale_is_of_no_account(backend: QuantisingBackend, exponent: int) -> No
     )
 
 
-def test_a_matrix_of_zeros_leaves_nothing(backend: QuantisingBackend) -> None:
+def test_a_matrix_of_zeros_leaves_nothing(backend: Backend) -> None:
     spec = spec_of((200, 300), 8)
     a, b, left = split_then_refit(backend, spec, llm_like(200, 300), torch.zeros(200, 300))
     assert not a.any()
@@ -132,7 +137,7 @@ def test_a_matrix_of_zeros_leaves_nothing(backend: QuantisingBackend) -> None:
     assert not left.any()
 
 
-def test_what_is_not_finite_is_refused(backend: QuantisingBackend) -> None:
+def test_what_is_not_finite_is_refused(backend: Backend) -> None:
     matrix, spec = llm_like(200, 300), spec_of((200, 300), 8)
     matrix[3, 4] = float("nan")
     with pytest.raises(WeightError, match="NaN or infinity"):

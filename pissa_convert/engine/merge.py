@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -19,7 +18,8 @@ from pissa_convert.engine.workers import Workers
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.bitsandbytes import unpack
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.linalg import Backend, Quantiser
+from pissa_convert.linalg import Backend
+from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.plans.merge_plan import MergePlan
 from pissa_convert.plans.merge_steps import Dequantise, Merge, Target
 from pissa_convert.report import MergeReport
@@ -52,7 +52,7 @@ def run_merge(
 def merge_lanes(plan: MergePlan, backend: Backend) -> Iterator[MakeTransform]:
     """Makes lanes that merge, with one BLAS thread in each: so the number of lanes changes no byte."""
     with adapter_file(plan) as factors, threadpool_limits(1, user_api="blas"):
-        quantiser = cast("Quantiser", backend)  # only splits run on another device
+        quantiser = NativeBackend(backend.threads)
         yield lambda threads: MergeLane(factors, quantiser)
 
 
@@ -66,7 +66,7 @@ class MergeLane:
     """Does the work of a step; the factor that all rows of a tensor share is read once for rows in a row."""
 
     adapter: FactorFile | None
-    quantiser: Quantiser
+    quantiser: NativeBackend
     _shared: tuple[str, Array] | None = field(default=None, repr=False)
 
     @property

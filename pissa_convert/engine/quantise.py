@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from pissa_convert.engine.lanes import MakeTransform
 from pissa_convert.engine.ledger import ProgressCallback
 from pissa_convert.engine.run import carry_out
 from pissa_convert.engine.workers import Workers
-from pissa_convert.linalg import Backend, QuantisingBackend
+from pissa_convert.linalg import Backend
+from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.plans.quant_plan import QuantPlan
 from pissa_convert.plans.quant_stats import overall
 from pissa_convert.report import QuantReport
@@ -50,7 +51,8 @@ def quantising_lanes(plan: QuantPlan, backend: Backend) -> Iterator[MakeTransfor
     options = plan.options
 
     def make(threads: int) -> QuantiseLane:
-        lane = cast("QuantisingBackend", backend.with_threads(threads))
-        return QuantiseLane(lane, options.iterations, options.compare_loftq)
+        lane = backend.with_threads(threads)
+        quantiser = lane if isinstance(lane, NativeBackend) else NativeBackend(threads)  # a GPU splits, and no more
+        return QuantiseLane(lane, quantiser, options.iterations, options.compare_loftq)
 
     yield make

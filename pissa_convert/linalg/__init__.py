@@ -156,6 +156,20 @@ class Backend(Protocol):
     def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
         """Upper bound of the memory that so many threads take beside the three buffers."""
 
+    def refit(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> None:
+        """Fit A and B to a float32 matrix near one of which `a` holds the A, and leave in its place what they leave.
+
+        The search begins at that A, so that one pass over the matrix is enough as a rule; where the matrix is not near
+        after all, it is that of a `split`. What is left is rounded to float32 after float32 sums, or better ones. Rows
+        are `out`; the spec's dtype and passes are not looked at.
+
+        Raises:
+            WeightError: see `split`.
+        """
+
+    def refit_workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
+        """Upper bound of the memory that it takes beside the three buffers."""
+
 
 @dataclass(frozen=True)
 class FourBitSpec:
@@ -192,7 +206,7 @@ class FourBitSpec:
 
 @dataclass
 class FourBit:
-    """A quantised matrix in memory; backends fill and read the buffers.
+    """A quantised matrix in memory; Q is what it reads back as.
 
     Attributes:
         packed: `packed_bytes` bytes.
@@ -222,56 +236,6 @@ class FourBit:
     def nbytes(spec: FourBitSpec) -> int:
         """Bytes of `empty`."""
         return spec.packed_bytes + (5 if spec.nested else 4) * spec.blocks + 4 * spec.nested_blocks
-
-
-class Quantiser(Protocol):
-    """Blockwise 4-bit quantisation, to the bit as bitsandbytes does it. Q is what a `FourBit` reads back as."""
-
-    def quantise(self, values: memoryview, to: FourBit) -> None:
-        """Fill `to` with the codes of a matrix.
-
-        Raises:
-            WeightError: it holds NaN or infinity.
-        """
-
-    def dequantise(self, stored: FourBit, out: memoryview) -> None:
-        """out ← Q."""
-
-    def subtract(self, weight: memoryview, stored: FourBit, out: memoryview) -> None:
-        """out ← weight − Q; `weight` in the dtype of `stored`, `out` float32."""
-
-    def norm(self, values: memoryview, dtype: str) -> float:
-        """Frobenius norm of values in "F32", "F16" or "BF16"."""
-
-    def nuclear_norm(self, values: memoryview, rows: int, cols: int) -> tuple[float, bool]:
-        """Sum of the singular values of a float32 matrix, and whether that is an estimate."""
-
-    def nuclear_norm_workspace_bytes(self, rows: int, cols: int, threads: int) -> int:
-        """Upper bound of the memory that it takes."""
-
-    def relax(self, stored: FourBit, difference: memoryview, relaxation: float, target: memoryview) -> None:
-        """target ← target + relaxation·(difference + Q − target); `target` in the dtype of `stored`, `difference`
-        float32."""
-
-
-class QuantisingBackend(Backend, Quantiser, Protocol):
-    """Both: what it takes to fit an adapter and a quantised base to one another."""
-
-    def with_threads(self, threads: int) -> QuantisingBackend:
-        """See `Backend.with_threads`."""
-
-    def refit(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> None:
-        """Fit A and B to a float32 matrix near one of which `a` holds the A, and leave in its place what they leave.
-
-        The search begins at that A, so that one pass over the matrix is enough as a rule; where the matrix is not near
-        after all, it is that of a `split`. What is left is rounded to float32 after float32 sums.
-
-        Raises:
-            WeightError: see `split`.
-        """
-
-    def refit_workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
-        """Upper bound of the memory that it takes beside the three buffers."""
 
 
 def tensor_key(seed: int, name: str) -> int:

@@ -35,7 +35,10 @@ def _cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 class NativeBackend:
-    """Splits on the CPU. The number of threads changes no byte of a result."""
+    """Splits on the CPU, and quantises: blockwise to 4 bits, to the bit as bitsandbytes does it.
+
+    The number of threads changes no byte of a result.
+    """
 
     def __init__(self, threads: int | None = None) -> None:
         """Start the threads.
@@ -81,7 +84,7 @@ class NativeBackend:
         return as_stats(self.split_with_timings(weight, a, b, spec))
 
     def refit(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> None:
-        """See `QuantisingBackend.refit`."""
+        """See `Backend.refit`."""
         self.split_with_timings(difference, a, b, replace(spec, dtype="F32"), near=True)
 
     def split_with_timings(
@@ -108,7 +111,11 @@ class NativeBackend:
             raise WeightError(f"the weight {error}", fix="repair the checkpoint, or exclude the module") from error
 
     def quantise(self, values: memoryview, to: FourBit) -> None:
-        """See `Quantiser.quantise`."""
+        """Fill `to` with the codes of a matrix.
+
+        Raises:
+            WeightError: it holds NaN or infinity.
+        """
         spec = to.spec
         try:
             to.offset = self._splitter.quantise(
@@ -118,35 +125,37 @@ class NativeBackend:
             raise WeightError(f"the weight {error}", fix="repair the checkpoint, or exclude the module") from error
 
     def dequantise(self, stored: FourBit, out: memoryview) -> None:
-        """See `Quantiser.dequantise`."""
+        """out ← Q."""
         self._splitter.dequantise(out, stored.spec.dtype, stored.spec.code, stored.packed, stored.absmax)
 
     def subtract(self, weight: memoryview, stored: FourBit, out: memoryview) -> None:
-        """See `Quantiser.subtract`."""
+        """out ← weight − Q; `weight` in the dtype of `stored`, `out` float32."""
         spec = stored.spec
         self._splitter.subtract_stored(weight, out, spec.dtype, spec.code, stored.packed, stored.absmax)
 
     def norm(self, values: memoryview, dtype: str) -> float:
-        """See `Quantiser.norm`."""
+        """Frobenius norm of values in "F32", "F16" or "BF16"."""
         return self._splitter.norm(values, dtype)
 
     def nuclear_norm(self, values: memoryview, rows: int, cols: int) -> tuple[float, bool]:
-        """See `Quantiser.nuclear_norm`."""
+        """Sum of the singular values of a float32 matrix, and whether that is an estimate."""
         return self._splitter.nuclear_norm(values, rows, cols, "F32")
 
     def relax(self, stored: FourBit, difference: memoryview, relaxation: float, target: memoryview) -> None:
-        """See `Quantiser.relax`."""
+        """target ← target + relaxation·(difference + Q − target); `target` in the dtype of `stored`, `difference`
+        float32."""
         spec = stored.spec
         self._splitter.relax_towards(
             target, difference, relaxation, spec.dtype, spec.code, stored.packed, stored.absmax
         )
 
     def refit_workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
-        """See `QuantisingBackend.refit_workspace_bytes`."""
+        """See `Backend.refit_workspace_bytes`."""
         return _core.refit_workspace_bytes(spec.rows, spec.cols, spec.rank, threads)
 
-    def nuclear_norm_workspace_bytes(self, rows: int, cols: int, threads: int) -> int:
-        """See `Quantiser.nuclear_norm_workspace_bytes`."""
+    @staticmethod
+    def nuclear_norm_workspace_bytes(rows: int, cols: int, threads: int) -> int:
+        """Upper bound of the memory that `nuclear_norm` takes."""
         return _core.nuclear_norm_workspace_bytes(rows, cols, threads)
 
     def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from pissa_convert.linalg.torch_basis import Note
 from pissa_convert.linalg.torch_device import Device
 from pissa_convert.linalg.torch_krylov import Factors, factorize
 from pissa_convert.linalg.torch_matrix import CHUNK, Matrix
+from pissa_convert.linalg.torch_refit import follow
 from pissa_convert.linalg.torch_schedule import device_bytes
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -84,6 +86,17 @@ class TorchBackend:
 
     def split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> SplitStats:
         """See `Backend.split`. Where the device's memory is too small the CPU does it, and `warnings` say so."""
+        found = self._try(lambda chunk: self._split(weight, a, b, spec, chunk), spec)
+        return self._home.cpu.split(weight, a, b, spec) if found is None else found
+
+    def refit(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> None:
+        """See `Backend.refit`, and `split`."""
+        spec = replace(spec, dtype="F32", passes=None)
+        if self._try(lambda chunk: self._split(difference, a, b, spec, chunk, near=True), spec) is None:
+            self._home.cpu.refit(difference, a, b, spec)
+
+    def _try(self, work: Callable[[int], SplitStats], spec: SplitSpec) -> SplitStats | None:
+        """`work` with so many values widened at a time; None, and a warning, where there is no memory for it."""
         device = self._home
         attempts: list[tuple[Callable[[], AbstractContextManager[None]], int]] = [
             (device.beside_others, CHUNK),
@@ -92,21 +105,32 @@ class TorchBackend:
         for claim, chunk in attempts:
             with claim(), torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
                 try:
-                    return self._split(weight, a, b, spec, chunk)
+                    return work(chunk)
                 except torch.OutOfMemoryError:
                     pass  # leaving this block drops what the attempt holds
         device.warnings.append(f"{spec.name}: too large for the memory of {self._device}, split by the CPU instead")
-        return device.cpu.split(weight, a, b, spec)
+        return None
 
     def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
         """See `Backend.workspace_bytes`: what the CPU takes where it has to do the work."""
         cpu = self._home.cpu
         return cpu.workspace_bytes(spec, cpu.threads)
 
-    def _split(self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec, chunk: int) -> SplitStats:
+    def refit_workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
+        """See `workspace_bytes`."""
+        cpu = self._home.cpu
+        return cpu.refit_workspace_bytes(spec, cpu.threads)
+
+    def _split(
+        self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec, chunk: int, *, near: bool = False
+    ) -> SplitStats:
         values = torch.empty(spec.rows, spec.cols, dtype=_DTYPES[spec.dtype], device=self._device)
-        _as_bytes(values).copy_(torch.frombuffer(weight.cast("B"), dtype=torch.uint8), non_blocking=True)
-        made_a, made_b, stats = split_values(values, spec, self._home.warnings.append, chunk)
+        _fill(values, weight)
+        start = None
+        if near:
+            start = torch.empty(*spec.a_shape, dtype=_DTYPES[spec.adapter_dtype], device=self._device)
+            _fill(start, a)
+        made_a, made_b, stats = split_values(values, spec, self._home.warnings.append, chunk, start)
         for place, made in ((a, made_a), (b, made_b), (weight, values)):
             torch.frombuffer(place.cast("B"), dtype=torch.uint8).copy_(_as_bytes(made), non_blocking=True)
         if self._stream is not None:
@@ -115,13 +139,14 @@ class TorchBackend:
 
 
 def split_values(
-    values: torch.Tensor, spec: SplitSpec, note: Note, chunk: int = CHUNK
+    values: torch.Tensor, spec: SplitSpec, note: Note, chunk: int = CHUNK, start: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, SplitStats]:
     """Split a weight where it lies: `values` (rows × cols) become the residual.
 
     Args:
         note: takes what the user should know of.
         chunk: values that are widened at a time.
+        start: the A of a matrix near by, to begin the search at.
 
     Returns:
         A (rank × in) and B (out × rank) in the adapter's dtype, and the statistics.
@@ -130,7 +155,9 @@ def split_values(
         WeightError: see `Backend.split`.
     """
     matrix = Matrix(values, chunk=chunk)
-    factors = factorize(matrix, spec, note)
+    factors = None if start is None else follow(matrix, start.float())
+    if factors is None:
+        factors = factorize(matrix, spec, note)
     left, right = _as_stored(factors, spec)
     exponent = int(np.frexp(factors.sigma[0])[1]) - 1 if factors.sigma[0] > 0 else 0
     norm, error = matrix.at(exponent).subtract(left, right, spec.scaling)
@@ -140,6 +167,10 @@ def split_values(
     dtype = _DTYPES[spec.adapter_dtype]
     stats = SplitStats.of(factors.sigma.tolist(), norm, error, factors.estimated_deficit, factors.passes)
     return a.to(dtype).contiguous(), b.to(dtype).contiguous(), stats
+
+
+def _fill(tensor: torch.Tensor, data: memoryview) -> None:
+    _as_bytes(tensor).copy_(torch.frombuffer(data.cast("B"), dtype=torch.uint8), non_blocking=True)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

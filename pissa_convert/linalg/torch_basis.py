@@ -73,7 +73,7 @@ class Basis:
             share *= float(np.trace(gram)) / trace if trace > 0 else 0.0
             if not share > _EXHAUSTED**2:
                 return False
-            triangle = _cholesky(gram)
+            triangle = cholesky(gram)
             if triangle is None:
                 if len(before):
                     z = z - taken.T.float() @ before.float()
@@ -122,7 +122,7 @@ def on_host(values: torch.Tensor) -> Array:
     return values.double().cpu().numpy()
 
 
-def _cholesky(gram: Array) -> Array | None:
+def cholesky(gram: Array) -> Array | None:
     """Upper triangular R with gram = Rᵀ·R; None where the vectors are too dependent for it."""
     length = np.sqrt(np.diag(gram).clip(min=0))
     if not np.all(length > 0):

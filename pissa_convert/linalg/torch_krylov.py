@@ -21,7 +21,7 @@ from pissa_convert.linalg.torch_matrix import Matrix, multiply
 from pissa_convert.linalg.torch_ritz import ritz
 from pissa_convert.linalg.torch_schedule import PIECE, Schedule
 
-_TARGET_DEFICIT = 2.5e-3
+TARGET_DEFICIT = 2.5e-3
 """Stop when the estimate says that a full SVD would capture at most this much more of the leading energy."""
 
 _PRECISE = 2e-2
@@ -114,7 +114,7 @@ class _Krylov:
             )
             if not self._exact and drowns:
                 return None
-            if deficit <= _TARGET_DEFICIT or self._exhausted or self._passes >= schedule.max_passes:
+            if deficit <= TARGET_DEFICIT or self._exhausted or self._passes >= schedule.max_passes:
                 return self._combine(np.array(found.sigma), vectors, deficit)
             following = min(schedule.max_passes, self._passes + self._ahead(deficit, found.convergence))
 
@@ -123,7 +123,7 @@ class _Krylov:
         limit = -(-self._passes // 4)
         if convergence >= 1:
             return limit
-        return min(max(math.ceil(0.9 * math.log(deficit / _TARGET_DEFICIT) / -math.log(convergence)), 1), limit)
+        return min(max(math.ceil(0.9 * math.log(deficit / TARGET_DEFICIT) / -math.log(convergence)), 1), limit)
 
     def _start(self) -> torch.Tensor | None:
         """The first block, with W's exponent set; None where W is zero, or out of range for `element`."""

@@ -65,7 +65,8 @@ def estimate_quant_seconds(plan: QuantPlan) -> float:
     """Seconds of computing: one small weight is quantised as the plan says, and scaled by the weights' sizes."""
     options = plan.options
     rank = min(options.split.rank, _SIZE)
-    lane = QuantiseLane(NativeBackend(1), options.iterations, options.compare_loftq)
+    native = NativeBackend(1)
+    lane = QuantiseLane(native, native, options.iterations, options.compare_loftq)
     seconds: dict[tuple[str, bool], float] = {}
     total = 0.0
     for step in plan.weights:

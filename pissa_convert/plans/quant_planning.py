@@ -11,7 +11,8 @@ from pathlib import Path
 from pissa_convert.errors import RequestError
 from pissa_convert.formats.checkpoint import open_checkpoint
 from pissa_convert.formats.safetensors import TensorInfo
-from pissa_convert.linalg import FourBitSpec, QuantisingBackend, SplitSpec
+from pissa_convert.linalg import Backend, FourBitSpec, SplitSpec
+from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.memory import Widths, plan_memory
 from pissa_convert.options import QuantOptions, RunOptions
 from pissa_convert.plans.quant_plan import QuantPlan
@@ -28,7 +29,7 @@ def plan_quantised(
     dest: str | os.PathLike[str],
     options: QuantOptions,
     run: RunOptions,
-    backend: QuantisingBackend,
+    backend: Backend,
 ) -> QuantPlan:
     """Read the headers of `source` and decide everything.
 
@@ -79,7 +80,7 @@ def plan_quantised(
         )
         for shard in checkpoint.shards
     )
-
+    at_once = backend.at_once(replace(spec, dtype="F32") for spec in specs.values())  # what is refitted
     return QuantPlan(
         source=root,
         dest=target,
@@ -90,7 +91,7 @@ def plan_quantised(
         places={name: layout.places for name, layout in layouts.items()},
         adapter=adapter,
         skipped=skipped_modules(tensors, decisions, chosen | plain, checkpoint.config),
-        memory=plan_memory(flights(shards), partial(_workspace, shards, backend), backend.threads, run.max_memory),
+        memory=plan_memory(flights(shards), partial(_workspace, shards, backend), at_once, run.max_memory),
         backend=backend.name,
     )
 
@@ -119,7 +120,7 @@ def _treatment(
     return Treatment(form, decision.fan_in_fan_out, specs.get(tensor.name), slots.get(tensor.name, ()))
 
 
-def _workspace(shards: Iterable[ShardPlan], backend: QuantisingBackend, widths: Widths) -> int:
+def _workspace(shards: Iterable[ShardPlan], backend: Backend, widths: Widths) -> int:
     """Bytes that the lanes take beside the steps' buffers."""
 
     def lane(step: Quantise, threads: int) -> int:
@@ -129,7 +130,7 @@ def _workspace(shards: Iterable[ShardPlan], backend: QuantisingBackend, widths: 
         if split is None:
             return workspace_bytes(None, form)
         own = backend.workspace_bytes(split, threads), backend.refit_workspace_bytes(split, threads)
-        norm = backend.nuclear_norm_workspace_bytes(form.rows, form.cols, threads)
+        norm = NativeBackend.nuclear_norm_workspace_bytes(form.rows, form.cols, threads)
         return max(*own, norm) + workspace_bytes(split, form)
 
     steps = (step for shard in shards for step in shard.steps if isinstance(step, Quantise))

@@ -9,10 +9,10 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pissa_convert.errors import RequestError
-from pissa_convert.linalg import Backend, QuantisingBackend
+from pissa_convert.linalg import Backend
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.linalg.select import select_backend
 from pissa_convert.options import QUANT_OPTIONS, RunOptions, lora_options, merge_options, quant_options, split_options
@@ -52,7 +52,7 @@ def plan_request(
         from pissa_convert.plans.quant_planning import plan_quantised
 
         _check_options(to, options, split_options, QUANT_OPTIONS)
-        return plan_quantised(source, dest, quant_options(**options), run_options, cast("QuantisingBackend", backend))
+        return plan_quantised(source, dest, quant_options(**options), run_options, backend)
     if to == "lora":
         _check_options(to, options, lora_options, _INIT)
         return _plan_lora(Path(source), dest, options, run_options, backend)
@@ -72,12 +72,11 @@ def choose_backend(to: str, options: Mapping[str, Any], run_options: RunOptions)
     Raises:
         RequestError: a device is asked for that cannot be used, or has nothing to do.
     """
-    if to == "pissa" or (to == "lora" and options.get("base") is not None):
+    if to in ("pissa", "qpissa") or (to == "lora" and options.get("base") is not None):
         return select_backend(run_options.device, run_options.threads, run_options.max_vram)
-    reason = "it works on the CPU" if to == "qpissa" else "it splits no weight"
     for name, is_given in (("device", run_options.device not in ("auto", "cpu")), ("max-vram", run_options.max_vram)):
         if is_given:
-            raise RequestError(f"--{name} does not apply to --to {to}: {reason}", fix="leave it out")
+            raise RequestError(f"--{name} does not apply to --to {to}: it splits no weight", fix="leave it out")
     return NativeBackend(run_options.threads)
 
 

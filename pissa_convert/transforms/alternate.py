@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pissa_convert.linalg import FourBit, FourBitSpec, QuantisingBackend, SplitSpec
+from pissa_convert.linalg import Backend, FourBit, FourBitSpec, SplitSpec
+from pissa_convert.linalg.native import NativeBackend
 
 _RELAXATION = 2.0
 
@@ -45,7 +46,7 @@ class Adapted:
 
 
 def alternate(
-    weight: memoryview, split: SplitSpec, form: FourBitSpec, iterations: int, backend: QuantisingBackend
+    weight: memoryview, split: SplitSpec, form: FourBitSpec, iterations: int, backend: Backend, quantiser: NativeBackend
 ) -> Adapted:
     """Find a base and an adapter of one weight.
 
@@ -54,20 +55,21 @@ def alternate(
         split: the adapter's rank, scaling and dtype.
         form: how the base is stored.
         iterations: quantisations at most.
+        backend: splits.
 
     Raises:
         WeightError: it holds NaN or infinity, or a factor overflows its dtype.
     """
     goal, first = _copy(weight), _empty(split, form)
     backend.split(goal, first.a, first.b, split)  # leaves W − s·B·A
-    return _alternate(weight, goal, first, _RELAXATION, split, iterations, backend)
+    return _alternate(weight, goal, first, _RELAXATION, split, iterations, backend, quantiser)
 
 
 def loftq(
-    weight: memoryview, split: SplitSpec, form: FourBitSpec, iterations: int, backend: QuantisingBackend
+    weight: memoryview, split: SplitSpec, form: FourBitSpec, iterations: int, backend: Backend, quantiser: NativeBackend
 ) -> Adapted:
     """The same in LoftQ's order, for comparison."""
-    return _alternate(weight, _copy(weight), _empty(split, form), 1.0, split, iterations, backend)
+    return _alternate(weight, _copy(weight), _empty(split, form), 1.0, split, iterations, backend, quantiser)
 
 
 def _alternate(
@@ -77,19 +79,20 @@ def _alternate(
     relaxation: float,
     split: SplitSpec,
     iterations: int,
-    backend: QuantisingBackend,
+    backend: Backend,
+    quantiser: NativeBackend,
 ) -> Adapted:
     """From the base for `goal`; `first` holds an A to begin the search for A and B with, or zeros."""
     best, spare = first, _empty(split, first.base.spec)
     for turn in range(1, iterations + 1):
-        backend.quantise(goal, spare.base)
-        backend.subtract(weight, spare.base, spare.difference)
+        quantiser.quantise(goal, spare.base)
+        quantiser.subtract(weight, spare.base, spare.difference)
         spare.a[:] = best.a
         backend.refit(spare.difference, spare.a, spare.b, split)
-        spare.error, spare.iterations = backend.norm(spare.difference, "F32"), turn
+        spare.error, spare.iterations = quantiser.norm(spare.difference, "F32"), turn
         gained = turn == 1 or spare.error < (1 - _GAIN) * best.error
         if turn < iterations and gained:
-            backend.relax(spare.base, spare.difference, relaxation, goal)
+            quantiser.relax(spare.base, spare.difference, relaxation, goal)
         if turn == 1 or spare.error < best.error:
             best, spare = spare, best
         if not gained:

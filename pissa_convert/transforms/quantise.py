@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pissa_convert.errors import WeightError
 from pissa_convert.formats.bitsandbytes import fill
-from pissa_convert.linalg import FourBit, FourBitSpec, QuantisingBackend, SplitSpec
+from pissa_convert.linalg import Backend, FourBit, FourBitSpec, SplitSpec
+from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.plans.quant_stats import QuantStats
 from pissa_convert.plans.quant_steps import Quantise
 from pissa_convert.transforms.alternate import alternate, loftq
@@ -19,12 +20,14 @@ class QuantiseLane:
     """Does the work of a step.
 
     Attributes:
-        backend: its own.
+        backend: its own, that splits.
+        quantiser: its own.
         iterations: quantisations of a weight at most.
         compare_loftq: find out what LoftQ's order would have reached, too.
     """
 
-    backend: QuantisingBackend
+    backend: Backend
+    quantiser: NativeBackend
     iterations: int
     compare_loftq: bool
 
@@ -60,22 +63,22 @@ class QuantiseLane:
         Args:
             weight: its bytes, out × in.
         """
-        backend = self.backend
+        quantiser = self.quantiser
         plain = FourBit.empty(form)
-        backend.quantise(weight, plain)
+        quantiser.quantise(weight, plain)
         difference = memoryview(bytearray(4 * form.rows * form.cols))
-        backend.subtract(weight, plain, difference)
-        norm, plain_error = backend.norm(weight, form.dtype), backend.norm(difference, "F32")
+        quantiser.subtract(weight, plain, difference)
+        norm, plain_error = quantiser.norm(weight, form.dtype), quantiser.norm(difference, "F32")
         if split is None:
             return plain, (), QuantStats(norm, plain_error, plain_error)
-        plain_nuclear, estimated = backend.nuclear_norm(difference, form.rows, form.cols)
+        plain_nuclear, estimated = quantiser.nuclear_norm(difference, form.rows, form.cols)
         del difference
-        found = alternate(weight, split, form, self.iterations, backend)
-        nuclear, _ = backend.nuclear_norm(found.difference, form.rows, form.cols)
+        found = alternate(weight, split, form, self.iterations, self.backend, quantiser)
+        nuclear, _ = quantiser.nuclear_norm(found.difference, form.rows, form.cols)
         stats = QuantStats(norm, found.error, plain_error, nuclear, plain_nuclear)
         stats = replace(stats, iterations=found.iterations, estimated=estimated)
         if self.compare_loftq:
-            other = loftq(weight, split, form, self.iterations, backend)
-            nuclear, _ = backend.nuclear_norm(other.difference, form.rows, form.cols)
+            other = loftq(weight, split, form, self.iterations, self.backend, quantiser)
+            nuclear, _ = quantiser.nuclear_norm(other.difference, form.rows, form.cols)
             stats = replace(stats, loftq_error=other.error, loftq_nuclear=nuclear)
         return found.base, (found.a, found.b), stats
