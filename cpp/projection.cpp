@@ -15,7 +15,7 @@ namespace pissa {
 namespace {
 
 // Columns that are multiplied at a time: their sums stay in a core's second-level cache.
-constexpr std::size_t kSlice = 64;
+constexpr std::size_t kSlice = 80;
 
 }  // namespace
 
@@ -27,9 +27,10 @@ Factors project(const Kernels& kernels, ThreadPool& pool, const Weight& weight, 
   Buffer<float> z(pool.scratch(), weight.cols * k + kReadBeyond);
   {
     Sweep<float> sweep(kernels, pool, weight, 0);
-    for (std::size_t at = 0; at < k; at += kSlice) {
-      sweep.transposed_product(u.data() + at, k, std::min(kSlice, k - at), std::ldexp(1.0f, -exponent), z.data() + at,
-                               k);
+    const std::size_t slices = (k + kSlice - 1) / kSlice;
+    for (std::size_t i = 0; i < slices; ++i) {
+      const std::size_t at = k / 16 * i / slices * 16, end = k / 16 * (i + 1) / slices * 16;
+      sweep.transposed_product(u.data() + at, k, end - at, std::ldexp(1.0f, -exponent), z.data() + at, k);
     }
   }
   Buffer<double> gram(pool.scratch(), k * k);

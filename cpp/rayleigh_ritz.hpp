@@ -20,9 +20,9 @@ struct RitzTriplets {
   double convergence = 1;  // by which factor a further pass is expected to reduce it
 };
 
-// `gram` is YᵀY (k × k, destroyed), each pass having added `block` columns. Vectors come for the `count` ≥ rank largest,
-// zero where there are fewer than that. `exact` solves in double.
-// Throws std::runtime_error where LAPACK fails.
+// `gram` is YᵀY (k × k, destroyed), each pass having added `block` columns. Vectors come for the `count` ≥ rank
+// largest, zero where there are fewer than that. `exact` solves in double. Throws std::runtime_error where LAPACK
+// fails.
 RitzTriplets rayleigh_ritz(ThreadPool& pool, Buffer<double> gram, std::size_t k, std::size_t rank, std::size_t count,
                            std::size_t block, bool exact);
 

@@ -68,7 +68,8 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
       block_rows_(choose_block_rows(weight, sizeof(Element))),
       lane_rows_(choose_lane_rows(weight, block_rows_)),
       tiled_(tiled_for<Element>(kernels)),
-      steps_((tiled_ != nullptr ? round_up(weight.cols, 2 * kTileColumns) : weight.cols + tile_.depth - 1) / tile_.depth),
+      steps_((tiled_ != nullptr ? round_up(weight.cols, 2 * kTileColumns) : weight.cols + tile_.depth - 1) /
+             tile_.depth),
       direct_(tiled_ == nullptr && (kIsBf16<Element> ? weight.dtype == DType::bf16 : weight.dtype == DType::f32) &&
               weight.cols % tile_.wide == 0),
       row_stride_(direct_ ? weight.cols : round_up(weight.cols, 2 * kTileColumns) + (tiled_ != nullptr ? 0 : 32)),
@@ -153,8 +154,8 @@ void Sweep<Element>::product(const Element* x, std::size_t x_stride, std::size_t
 }
 
 template <class Element>
-void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float z_scale,
-                                        float* z, std::size_t z_stride) {
+void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float z_scale, float* z,
+                                        std::size_t z_stride) {
   add_up(k, z_scale, z, z_stride, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
     multiply_columns(begin, count, k, lane, y, y_stride, part);

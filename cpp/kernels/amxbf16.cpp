@@ -12,7 +12,7 @@ constexpr std::size_t kTileBytes = 64;           // of a row
 constexpr std::size_t kPairs = 2;                // bf16 in 32 bits
 constexpr std::size_t kVector = kSide * kPairs;  // bf16 in a tile's row
 constexpr std::size_t kTile = kSide * kVector;
-constexpr std::size_t kRegisters = 4;            // of sums at most; two more are for A and two for B
+constexpr std::size_t kRegisters = 4;  // of sums at most; two more are for A and two for B
 
 constexpr Tile kVectorTile = make_tile<Bf16Pair16, 8, 2, 12>();  // for what does not fill tiles
 
@@ -127,8 +127,8 @@ void multiply_strip(const void* a_begin, std::size_t a_row, std::size_t a_step, 
   const std::size_t tiled_steps = tiled_rows > 0 ? steps / kSide * kSide : 0;
   if (tiled_rows > 0) {
     const WholeTiles tiles;
-    (vectors == 1 ? multiply_columns<1, Adds> : multiply_columns<2, Adds>)(
-        rows_as_they_lie(a, a_row), b, b_step, tiled_steps, c, c_row, tiled_rows / kSide);
+    (vectors == 1 ? multiply_columns<1, Adds> : multiply_columns<2, Adds>)(rows_as_they_lie(a, a_row), b, b_step,
+                                                                           tiled_steps, c, c_row, tiled_rows / kSide);
   }
   if (tiled_rows > 0 && tiled_steps < steps) {
     kVectorTile.accumulate(a + tiled_steps * a_step, a_row, a_step, b + tiled_steps * b_step, steps - tiled_steps, c,
@@ -273,8 +273,9 @@ void cut(const void* src, DType dtype, std::size_t rows, std::size_t cols, std::
 void multiply_cut(const std::uint16_t* w, std::size_t panels, std::size_t tiles, const std::uint16_t* b,
                   std::size_t vectors, float* c, std::size_t c_row) {
   const WholeTiles whole;
-  (vectors == 1 ? multiply_columns<1, false> : multiply_columns<2, false>)(
-      cut_rows(w, tiles), b, vectors * kSide * kPairs, tiles * kSide, c, c_row, panels);
+  (vectors == 1 ? multiply_columns<1, false> : multiply_columns<2, false>)(cut_rows(w, tiles), b,
+                                                                           vectors * kSide * kPairs, tiles * kSide, c,
+                                                                           c_row, panels);
 }
 
 void add_transposed_cut(const std::uint16_t* a, std::size_t k, const std::uint16_t* w, std::size_t panels,
