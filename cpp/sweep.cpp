@@ -166,16 +166,14 @@ template <class Element>
 void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
   add_up(k, 1.0f, z, k, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
-    if constexpr (kIsBf16<Element>) {
-      if (tiled_ != nullptr) {
-        std::fill(lane.packed_y.begin(), lane.packed_y.end(), Element{0});
-        for (std::size_t i = 0; i < count; ++i) {
-          lane.packed_y[(i / 2 * k + (begin + i) % k) * 2 + i % 2] = to_element<Element>(signs[begin + i]);
-        }
-        tiled_->add_transposed(lane.packed_y.data(), k, lane.rows, panels(count), row_stride_ / kTileColumns, part,
-                               part_stride_);
-        return;
+    if (tiled_ != nullptr) {
+      std::fill(lane.packed_y.begin(), lane.packed_y.end(), Element{0});
+      for (std::size_t i = 0; i < count; ++i) {
+        lane.packed_y[(i / 2 * k + (begin + i) % k) * 2 + i % 2] = to_element<Element>(signs[begin + i]);
       }
+      tiled_->add_transposed(lane.packed_y.data(), k, lane.rows, panels(count), row_stride_ / kTileColumns, part,
+                             part_stride_);
+      return;
     }
     for (std::size_t c = 0; c < k; ++c) {
       const std::size_t first = (c + k - begin % k) % k;  // row of the block that column c sums, as every k-th after it
@@ -200,9 +198,7 @@ void Sweep<Element>::load_rows(std::size_t begin, std::size_t count, Lane& lane)
     return;
   }
   lane.rows = lane.converted.data();
-  if constexpr (kIsBf16<Element>) {
-    if (tiled_ != nullptr) return tiled_->cut(data, weight_.dtype, count, weight_.cols, lane.converted.data());
-  }
+  if (tiled_ != nullptr) return tiled_->cut(data, weight_.dtype, count, weight_.cols, lane.converted.data());
   for (std::size_t i = 0; i < count; ++i) {
     Element* out = lane.converted.data() + i * row_stride_;
     if constexpr (kIsBf16<Element>) {
@@ -244,14 +240,10 @@ void Sweep<Element>::multiply_rows(std::size_t begin, std::size_t count, std::si
                                    std::size_t y_stride) const {
   const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
-  if constexpr (kIsBf16<Element>) {
-    if (tiled_ != nullptr) {
-      for (std::size_t group = 0; group < groups.count; ++group) {
-        tiled_->multiply(lane.rows, panels(count), row_stride_ / kTileColumns,
-                         packed_x_.data() + groups.begin(group) * steps_ * depth, groups.vectors_of(group),
-                         lane.sums.data() + groups.begin(group), k);
-      }
-    }
+  for (std::size_t group = 0; tiled_ != nullptr && group < groups.count; ++group) {
+    const Element* b = packed_x_.data() + groups.begin(group) * steps_ * depth;
+    tiled_->multiply(lane.rows, panels(count), row_stride_ / kTileColumns, b, groups.vectors_of(group),
+                     lane.sums.data() + groups.begin(group), k);
   }
   const std::size_t piece = std::max<std::size_t>(16, kXBytes / (k * depth * sizeof(Element)));
   for (std::size_t at = 0; tiled_ == nullptr && at < steps_; at += piece) {
@@ -272,14 +264,12 @@ template <class Element>
 void Sweep<Element>::multiply_columns(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, const Element* y,
                                       std::size_t y_stride, float* part) const {
   pack(kernels_, y + begin * y_stride, y_stride, count, k, lane.packed_y.data());
-  if constexpr (kIsBf16<Element>) {
-    if (tiled_ != nullptr) {
-      std::fill(lane.packed_y.begin() + round_up(count, 2) * k, lane.packed_y.begin() + round_up(count, kPanel) * k,
-                Element{0});
-      tiled_->add_transposed(lane.packed_y.data(), k, lane.rows, panels(count), row_stride_ / kTileColumns, part,
-                             part_stride_);
-      return;
-    }
+  if (tiled_ != nullptr) {
+    std::fill(lane.packed_y.begin() + round_up(count, 2) * k, lane.packed_y.begin() + round_up(count, kPanel) * k,
+              Element{0});
+    tiled_->add_transposed(lane.packed_y.data(), k, lane.rows, panels(count), row_stride_ / kTileColumns, part,
+                           part_stride_);
+    return;
   }
   tile_.add_transposed(lane.packed_y.data(), k, lane.rows, row_stride_, count, round_up(weight_.cols, tile_.wide), part,
                        part_stride_);

@@ -252,8 +252,9 @@ void cut_values(const Stored* src, std::size_t rows, std::size_t cols, std::uint
 
 __m512i as_bf16(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
 
-void cut(const void* src, DType dtype, std::size_t rows, std::size_t cols, std::uint16_t* dst) {
+void cut(const void* src, DType dtype, std::size_t rows, std::size_t cols, void* out) {
   const auto* halves = static_cast<const std::uint16_t*>(src);
+  auto* dst = static_cast<std::uint16_t*>(out);
   if (dtype == DType::f32) {
     cut_values(static_cast<const float*>(src), rows, cols, dst, [](const float* p, std::uint32_t lanes) {
       return as_bf16(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p),
@@ -270,16 +271,18 @@ void cut(const void* src, DType dtype, std::size_t rows, std::size_t cols, std::
   }
 }
 
-void multiply_cut(const std::uint16_t* w, std::size_t panels, std::size_t tiles, const std::uint16_t* b,
-                  std::size_t vectors, float* c, std::size_t c_row) {
+void multiply_cut(const void* w, std::size_t panels, std::size_t tiles, const void* b, std::size_t vectors, float* c,
+                  std::size_t c_row) {
   const WholeTiles whole;
-  (vectors == 1 ? multiply_columns<1, false> : multiply_columns<2, false>)(cut_rows(w, tiles), b,
-                                                                           vectors * kSide * kPairs, tiles * kSide, c,
-                                                                           c_row, panels);
+  const auto multiply = vectors == 1 ? multiply_columns<1, false> : multiply_columns<2, false>;
+  multiply(cut_rows(static_cast<const std::uint16_t*>(w), tiles), static_cast<const std::uint16_t*>(b),
+           vectors * kSide * kPairs, tiles * kSide, c, c_row, panels);
 }
 
-void add_transposed_cut(const std::uint16_t* a, std::size_t k, const std::uint16_t* w, std::size_t panels,
-                        std::size_t tiles, float* c, std::size_t c_row) {
+void add_transposed_cut(const void* a_begin, std::size_t k, const void* w_begin, std::size_t panels, std::size_t tiles,
+                        float* c, std::size_t c_row) {
+  const auto* a = static_cast<const std::uint16_t*>(a_begin);
+  const auto* w = static_cast<const std::uint16_t*>(w_begin);
   const WholeTiles whole;
   Spread spreads[kMaxTransposedTiles];
   for (std::size_t at = 0; at < panels; at += kMaxTransposedTiles) {

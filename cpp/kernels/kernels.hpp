@@ -50,13 +50,13 @@ struct TileNorms {
 // in one piece, panels of 16 rows after each other, padded with zeros to a whole panel and an even number of tiles.
 struct TiledKernels {
   // dst = `rows` × `cols` values, of a row-major weight `cols` wide, rounded to bf16; denormals may become zero.
-  void (*cut)(const void* src, DType dtype, std::size_t rows, std::size_t cols, std::uint16_t* dst);
+  void (*cut)(const void* src, DType dtype, std::size_t rows, std::size_t cols, void* dst);
   // c (16·panels × 16·vectors, rows c_row apart) = W·B; B is packed as for `Tile`, with zeros past the last row.
-  void (*multiply)(const std::uint16_t* w, std::size_t panels, std::size_t tiles, const std::uint16_t* b,
-                   std::size_t vectors, float* c, std::size_t c_row);
+  void (*multiply)(const void* w, std::size_t panels, std::size_t tiles, const void* b, std::size_t vectors, float* c,
+                   std::size_t c_row);
   // c (k × 32·tiles, rows c_row apart) += Aᵀ·W; A is packed as for `Tile`, with zeros past the last row.
-  void (*add_transposed)(const std::uint16_t* a, std::size_t k, const std::uint16_t* w, std::size_t panels,
-                         std::size_t tiles, float* c, std::size_t c_row);
+  void (*add_transposed)(const void* a, std::size_t k, const void* w, std::size_t panels, std::size_t tiles, float* c,
+                         std::size_t c_row);
 };
 
 // For instruction sets that multiply pairs of bf16.
