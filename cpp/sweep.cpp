@@ -38,9 +38,13 @@ std::size_t choose_lane_rows(const Weight& weight, std::size_t block_rows) {
 constexpr std::size_t kPanel = 16;        // rows of tiles
 constexpr std::size_t kTileColumns = 32;  // of which there is an even number
 
+// What stays in a core's second-level cache from pass to pass is multiplied as it lies.
+constexpr std::size_t kCachedBytes = 2u << 20;
+
 template <class Element>
-const TiledKernels* tiled_for(const Kernels& kernels) {
-  return kIsBf16<Element> ? kernels.bf16->tiled : nullptr;
+const TiledKernels* tiled_for(const Kernels& kernels, const Weight& weight) {
+  const bool cached = weight.dtype == DType::bf16 && weight.rows * weight.cols * sizeof(Element) <= kCachedBytes;
+  return kIsBf16<Element> && !cached ? kernels.bf16->tiled : nullptr;
 }
 
 std::size_t panels(std::size_t rows) { return (rows + kPanel - 1) / kPanel; }
@@ -67,7 +71,7 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
       tile_(tile_for<Element>(kernels)),
       block_rows_(choose_block_rows(weight, sizeof(Element))),
       lane_rows_(choose_lane_rows(weight, block_rows_)),
-      tiled_(tiled_for<Element>(kernels)),
+      tiled_(tiled_for<Element>(kernels, weight)),
       steps_((tiled_ != nullptr ? round_up(weight.cols, 2 * kTileColumns) : weight.cols + tile_.depth - 1) /
              tile_.depth),
       direct_(tiled_ == nullptr && (kIsBf16<Element> ? weight.dtype == DType::bf16 : weight.dtype == DType::f32) &&
