@@ -11,6 +11,7 @@
 #include "clock.hpp"
 #include "lapack.hpp"
 #include "packing.hpp"
+#include "projection.hpp"
 #include "range_finder.hpp"
 #include "rayleigh_ritz.hpp"
 
@@ -20,13 +21,16 @@ namespace {
 // Where σ_r is less of σ₁ than this, products in bf16 and sums in float would cost the last directions accuracy.
 constexpr double kPrecise = 2e-2;
 
+constexpr std::size_t kNarrow = 16, kWide = 32;  // blocks
+
 // How the work is laid out for a rank. Narrower blocks reach the target with fewer columns, but blocks narrower than a
-// vector waste more than that. Measured on weights with language models' spectra: about 2.3·rank + 64 columns reach it.
-// The first check comes a little earlier and tells from the speed of convergence when the next is due.
+// vector waste more than that; wider ones read W less often. Measured on weights with language models' spectra: about
+// 2.3·rank + 64 columns reach it, or 64 more in wide blocks. The first check comes a little earlier and tells from the
+// speed of convergence when the next is due.
 struct Schedule {
-  Schedule(const Weight& weight, std::size_t rank, std::size_t passes) {
+  Schedule(const Weight& weight, std::size_t rank, std::size_t passes, std::size_t width) : block(width) {
     const std::size_t limit = std::min(weight.rows, weight.cols);
-    first_check = (2 * rank + 48) / block;
+    first_check = (block == kNarrow ? 2 * rank + 48 : 2 * rank + rank / 4 + 112) / block;
     max_passes = passes > 0 ? passes : (6 * rank + 64) / block + 1;
     // Where the basis would have to span most of the space, its whole Gram matrix is cheaper and exact.
     const std::size_t expected = 2 * rank + rank / 4 + 64;
@@ -36,10 +40,27 @@ struct Schedule {
     if (!exact && max_passes < min_passes) exact = true;
     first_check = std::clamp(first_check, min_passes, std::max(min_passes, max_passes));
   }
-  static constexpr std::size_t block = 16;
-  std::size_t first_check, max_passes, min_passes;
+  std::size_t block, first_check, max_passes, min_passes;
   bool exact;
 };
+
+// In a small matrix the rounding of X and Y to bf16 does not average out, and there is little to gain.
+constexpr std::size_t kSmallForBf16 = 96;
+
+bool uses_bf16(const Kernels& kernels, const Weight& weight) {
+  return kernels.bf16 != nullptr && std::min(weight.rows, weight.cols) >= kSmallForBf16;
+}
+
+// Wide blocks are for products that wait for W rather than the arithmetic, and ranks that need many of them.
+constexpr std::size_t kRankForWide = 64, kSmallForWide = 2048;
+
+std::size_t choose_block(const Kernels& kernels, const Weight& weight, std::size_t rank) {
+  const bool waits = uses_bf16(kernels, weight) && kernels.bf16->tiled != nullptr;
+  return waits && rank >= kRankForWide && std::min(weight.rows, weight.cols) >= kSmallForWide ? kWide : kNarrow;
+}
+
+// Directions beyond the rank that a basis found in less precision hands on.
+constexpr std::size_t kSpare = 16;
 
 constexpr std::size_t kExactPiece = 512;
 
@@ -136,28 +157,14 @@ Factors combine(const RangeFinder<Element>& finder, const RitzTriplets& ritz, st
   for (std::size_t i = 0; i < rank; ++i) {
     for (std::size_t j = 0; j < k; ++j) to_left[i * k + j] *= ritz.sigma[i] > 0 ? 1 / ritz.sigma[i] : 0.0;
   }
-  Factors factors;
-  factors.stride = round_up(rank, 16);
-  factors.left = finder.combine_y(to_left, rank);
-  factors.right = finder.combine_x(ritz.vectors, rank);
-  std::vector<double> sigma(rank), length(rank, 0.0);
-  for (std::size_t j = 0; j < factors.right.size() / factors.stride; ++j) {
-    const float* row = factors.right.data() + j * factors.stride;
-    for (std::size_t i = 0; i < rank; ++i) length[i] += static_cast<double>(row[i]) * static_cast<double>(row[i]);
-  }
+  Buffer<float> left = finder.combine_y(to_left, rank), right = finder.combine_x(ritz.vectors, rank);
+  const std::size_t stride = round_up(rank, 16);
+  const std::vector<double> length = column_lengths(right, stride, rank);
+  std::vector<double> sigma(rank, 0.0);
   for (std::size_t i = 0; i < rank; ++i) {
-    length[i] = std::sqrt(length[i]);
-    sigma[i] = ritz.sigma[i] > 0 ? std::ldexp(ritz.sigma[i], basis.exponent) / length[i] : 0.0;
+    if (ritz.sigma[i] > 0) sigma[i] = std::ldexp(ritz.sigma[i], basis.exponent) / length[i];
   }
-  factors.order.resize(rank);
-  std::iota(factors.order.begin(), factors.order.end(), 0);
-  std::stable_sort(factors.order.begin(), factors.order.end(),
-                   [&](std::size_t i, std::size_t j) { return sigma[i] > sigma[j]; });
-  for (const std::size_t column : factors.order) {
-    factors.sigma.push_back(sigma[column]);
-    factors.length.push_back(length[column]);
-  }
-  return factors;
+  return in_descending_order(stride, std::move(left), std::move(right), length, sigma);
 }
 
 template <class Element>
@@ -165,16 +172,19 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
                          const Schedule& schedule, bool exact, SplitResult& result) {
   const Weight& weight = request.weight;
   const std::size_t rank = request.rank;
+  // Of a weight that was rounded to bf16, the basis gives directions alone, and a few more than are wanted.
+  const bool rounded = kIsBf16<Element> && weight.dtype != DType::bf16;
+  const std::size_t count = rounded ? round_up(rank, 16) + kSpare : rank;
   auto start = Clock::now();
   std::optional<RangeFinder<Element>> finder;
-  finder.emplace(kernels, pool, weight, Schedule::block, schedule.max_passes, request.key);
+  finder.emplace(kernels, pool, weight, schedule.block, schedule.max_passes, request.key);
   const auto start_over = [&] {
     finder.reset();
     return factor_by_krylov<float>(kernels, pool, request, schedule, true, result);
   };
   if (finder->out_of_range()) return start_over();
   result.sweep_seconds += seconds_since(start);
-  result.block = Schedule::block;
+  result.block = schedule.block;
   if (finder->zero()) {
     Factors none;
     none.stride = rank;
@@ -195,7 +205,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     finder->advance_to(next, last);
     result.sweep_seconds += seconds_since(start);
     start = Clock::now();
-    ritz = rayleigh_ritz(pool, finder->gram(exact), basis.columns(), rank, Schedule::block, exact);
+    ritz = rayleigh_ritz(pool, finder->gram(exact), basis.columns(), rank, count, schedule.block, exact);
     if (basis.exhausted) ritz.estimated_deficit = 0;
     result.ritz_seconds += seconds_since(start);
     // A few directions far above all others, or a W of low rank: the others drown in the rounding of what is computed
@@ -215,23 +225,30 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   result.passes = basis.passes;
   result.householder = basis.householder;
   result.estimated_deficit = ritz.estimated_deficit;
-  Factors factors = combine(*finder, ritz, rank);
+  if (!rounded) {
+    Factors factors = combine(*finder, ritz, rank);
+    result.ritz_seconds += seconds_since(start);
+    return factors;
+  }
+  const int exponent = basis.exponent;
+  Buffer<float> left = finder->combine_y(ritz.vectors, count);
+  finder.reset();
   result.ritz_seconds += seconds_since(start);
-  return factors;
-}
-
-// In a small matrix the rounding of X and Y to bf16 does not average out, and there is little to gain.
-constexpr std::size_t kSmallForBf16 = 96;
-
-bool uses_bf16(const Kernels& kernels, const Weight& weight) {
-  return kernels.bf16 != nullptr && weight.dtype == DType::bf16 && std::min(weight.rows, weight.cols) >= kSmallForBf16;
+  start = Clock::now();
+  Factors factors = project(kernels, pool, weight, std::move(left), count, rank, exponent, weight.dtype == DType::f32);
+  result.sweep_seconds += seconds_since(start);
+  // Where the weight's own directions are other than those of its rounding, it shows in how much they hold.
+  double expected = 0, held = 0;
+  for (const double sigma : ritz.sigma) expected += std::pow(std::ldexp(sigma, exponent), 2);
+  for (const double sigma : factors.sigma) held += sigma * sigma;
+  return held < (1 - kTargetDeficit) * expected ? start_over() : std::move(factors);
 }
 
 }  // namespace
 
 Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, SplitResult& result) {
   const Weight& weight = request.weight;
-  const Schedule schedule(weight, request.rank, request.passes);
+  const Schedule schedule(weight, request.rank, request.passes, choose_block(kernels, weight, request.rank));
   if (!schedule.exact) {
     return uses_bf16(kernels, weight)
                ? factor_by_krylov<std::uint16_t>(kernels, pool, request, schedule, false, result)
@@ -246,12 +263,17 @@ Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
 }
 
 std::size_t factorize_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads) {
-  const Schedule schedule(weight, rank, passes);
   const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
-  if (schedule.exact) return sizeof(double) * (2 * small * small + small * (kExactPiece + rank) + large * rank);
-  const std::size_t columns = Schedule::block * schedule.max_passes;
-  return RangeFinder<float>::workspace_bytes(weight, Schedule::block, schedule.max_passes, threads) +
-         sizeof(double) * 6 * columns * columns;
+  std::size_t most = 0;
+  for (const std::size_t block : {kNarrow, kWide}) {
+    const Schedule schedule(weight, rank, passes, block);
+    const std::size_t columns = block * schedule.max_passes;
+    most = std::max(most, schedule.exact
+                              ? sizeof(double) * (2 * small * small + small * (kExactPiece + rank) + large * rank)
+                              : RangeFinder<float>::workspace_bytes(weight, block, schedule.max_passes, threads) +
+                                    sizeof(double) * 6 * columns * columns);
+  }
+  return std::max(most, projection_workspace_bytes(weight, round_up(rank, 16) + kSpare, threads));
 }
 
 }  // namespace pissa

@@ -92,7 +92,7 @@ class SmallGram {
 
   void apply(const float* x, float* result) {
     if (wide_) {
-      sweep_.transposed_product(x, kProbes, kProbes, scale_, other_.data());
+      sweep_.transposed_product(x, kProbes, kProbes, scale_, other_.data(), kProbes);
       sweep_.product(other_.data(), kProbes, kProbes, scale_, result, kProbes);
     } else {
       sweep_.power_step(x, kProbes, kProbes, scale_, other_.data(), kProbes, scale_, result);

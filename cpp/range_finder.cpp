@@ -75,7 +75,7 @@ void RangeFinder<Element>::advance_to(std::size_t passes, bool last) {
   while (!zero_ && b.passes < passes) {
     if (b.passes > 0) {
       if (!multiplied_) {
-        sweep_.transposed_product(y_.data() + b.columns() - b.block, stride_, b.block, scale, z_.data());
+        sweep_.transposed_product(y_.data() + b.columns() - b.block, stride_, b.block, scale, z_.data(), b.block);
       }
       if (!extend()) return;
     }

@@ -46,18 +46,18 @@ double energy_without_last(Scratch& scratch, const Buffer<T>& m, std::size_t n, 
   return trace;
 }
 
-// What eigenpairs of m say: `values` (rank, descending), `vectors` (k × found, column-major).
+// What eigenpairs of m say: `values` (count, descending), `vectors` (k × found, column-major).
 template <class T>
 RitzTriplets triplets_of(ThreadPool& pool, const Buffer<T>& m, std::size_t k, std::size_t rank, std::size_t block,
                          const std::vector<double>& values, const Buffer<T>& vectors) {
   Scratch& scratch = pool.scratch();
   RitzTriplets result;
-  for (const double value : values) {
-    result.sigma.push_back(value > kNegligible * kNegligible * values[0] ? std::sqrt(value) : 0.0);
+  for (std::size_t i = 0; i < rank; ++i) {
+    result.sigma.push_back(values[i] > kNegligible * kNegligible * values[0] ? std::sqrt(values[i]) : 0.0);
   }
-  result.vectors.assign(k * rank, 0.0);
+  result.vectors.assign(k * values.size(), 0.0);
   std::copy(vectors.begin(), vectors.end(), result.vectors.begin());
-  const double energy = std::accumulate(values.begin(), values.end(), 0.0);
+  const double energy = std::accumulate(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(rank), 0.0);
   if (k < rank + 2 * block || !(energy > 0)) return result;
   double gained[2];  // by the last pass, and by the last two
   pool.run(2, [&](std::size_t task) {
@@ -72,9 +72,10 @@ RitzTriplets triplets_of(ThreadPool& pool, const Buffer<T>& m, std::size_t k, st
 }
 
 template <class T>
-RitzTriplets solve(ThreadPool& pool, const Buffer<T>& m, std::size_t k, std::size_t rank, std::size_t block) {
-  const std::size_t found = std::min(rank, k);
-  std::vector<double> values(rank, 0.0);
+RitzTriplets solve(ThreadPool& pool, const Buffer<T>& m, std::size_t k, std::size_t rank, std::size_t count,
+                   std::size_t block) {
+  const std::size_t found = std::min(count, k);
+  std::vector<double> values(count, 0.0);
   Buffer<T> destroyed(pool.scratch(), k * k), vectors(pool.scratch(), k * found);
   std::copy(m.begin(), m.end(), destroyed.begin());
   if (!lapack::largest_eigenpairs(k, destroyed.data(), found, values.data(), vectors.data())) {
@@ -90,12 +91,12 @@ RitzTriplets ritz_triplets(ThreadPool& pool, const Buffer<double>& gram, std::si
   return triplets_of(pool, gram, k, rank, block, values, vectors);
 }
 
-RitzTriplets rayleigh_ritz(ThreadPool& pool, Buffer<double> gram, std::size_t k, std::size_t rank, std::size_t block,
-                           bool exact) {
-  if (exact) return solve(pool, gram, k, rank, block);
+RitzTriplets rayleigh_ritz(ThreadPool& pool, Buffer<double> gram, std::size_t k, std::size_t rank, std::size_t count,
+                           std::size_t block, bool exact) {
+  if (exact) return solve(pool, gram, k, rank, count, block);
   Buffer<float> narrow(pool.scratch(), k * k);
   std::transform(gram.begin(), gram.end(), narrow.begin(), [](double value) { return static_cast<float>(value); });
-  return solve(pool, narrow, k, rank, block);
+  return solve(pool, narrow, k, rank, count, block);
 }
 
 }  // namespace pissa

@@ -13,17 +13,18 @@ namespace pissa {
 // right, Y·v/σ to the left.
 struct RitzTriplets {
   std::vector<double> sigma;    // descending; zero where it is not above the rounding of Y
-  std::vector<double> vectors;  // k × rank, column-major
+  std::vector<double> vectors;  // k × rank or more, column-major
   // Estimate of 1 − Σσ̂²/Σσ² against an exact SVD: how fast the captured energy grew over the last two passes,
   // continued as a geometric series.
   double estimated_deficit = 1;
   double convergence = 1;  // by which factor a further pass is expected to reduce it
 };
 
-// `gram` is YᵀY (k × k, destroyed), each pass having added `block` columns. `exact` solves in double.
-// Throws std::runtime_error where LAPACK fails.
-RitzTriplets rayleigh_ritz(ThreadPool& pool, Buffer<double> gram, std::size_t k, std::size_t rank, std::size_t block,
-                           bool exact);
+// `gram` is YᵀY (k × k, destroyed), each pass having added `block` columns. Vectors come for the `count` ≥ rank
+// largest, zero where there are fewer than that. `exact` solves in double. Throws std::runtime_error where LAPACK
+// fails.
+RitzTriplets rayleigh_ritz(ThreadPool& pool, Buffer<double> gram, std::size_t k, std::size_t rank, std::size_t count,
+                           std::size_t block, bool exact);
 
 // The same where the eigenpairs are known: `values` (rank, descending) and `vectors` (k × rank, column-major).
 RitzTriplets ritz_triplets(ThreadPool& pool, const Buffer<double>& gram, std::size_t k, std::size_t rank,

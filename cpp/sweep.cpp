@@ -23,8 +23,8 @@ std::size_t min_lanes(const Weight& weight) {
   return std::clamp<std::size_t>(weight.rows * weight.cols / kLaneElements, 1, kLanes);
 }
 
-std::size_t choose_block_rows(const Weight& weight) {
-  const std::size_t fitting = kBlockBytes / std::max<std::size_t>(1, weight.cols * size_of(weight.dtype));
+std::size_t choose_block_rows(const Weight& weight, std::size_t element_bytes) {
+  const std::size_t fitting = kBlockBytes / std::max<std::size_t>(1, weight.cols * element_bytes);
   const std::size_t rows = std::clamp(fitting / 32 * 32, kMinBlockRows, kMaxBlockRows);
   return std::min(rows, round_up(std::max<std::size_t>(weight.rows / min_lanes(weight), 1), kMinBlockRows));
 }
@@ -34,6 +34,20 @@ std::size_t choose_lane_rows(const Weight& weight, std::size_t block_rows) {
   const std::size_t rows = std::min((weight.rows + lanes - 1) / lanes, kLaneRows);
   return round_up(std::max<std::size_t>(rows, 1), block_rows);
 }
+
+constexpr std::size_t kPanel = 16;        // rows of tiles
+constexpr std::size_t kTileColumns = 32;  // of which there is an even number
+
+// What stays in a core's second-level cache from pass to pass is multiplied as it lies.
+constexpr std::size_t kCachedBytes = 2u << 20;
+
+template <class Element>
+const TiledKernels* tiled_for(const Kernels& kernels, const Weight& weight) {
+  const bool cached = weight.dtype == DType::bf16 && weight.rows * weight.cols * sizeof(Element) <= kCachedBytes;
+  return kIsBf16<Element> && !cached ? kernels.bf16->tiled : nullptr;
+}
+
+std::size_t panels(std::size_t rows) { return (rows + kPanel - 1) / kPanel; }
 
 }  // namespace
 
@@ -55,21 +69,23 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
       pool_(pool),
       weight_(weight),
       tile_(tile_for<Element>(kernels)),
-      block_rows_(choose_block_rows(weight)),
+      block_rows_(choose_block_rows(weight, sizeof(Element))),
       lane_rows_(choose_lane_rows(weight, block_rows_)),
-      steps_((weight.cols + tile_.depth - 1) / tile_.depth),
-      direct_((kIsBf16<Element> ? weight.dtype == DType::bf16 : weight.dtype == DType::f32) &&
+      tiled_(tiled_for<Element>(kernels, weight)),
+      steps_((tiled_ != nullptr ? round_up(weight.cols, 2 * kTileColumns) : weight.cols + tile_.depth - 1) /
+             tile_.depth),
+      direct_(tiled_ == nullptr && (kIsBf16<Element> ? weight.dtype == DType::bf16 : weight.dtype == DType::f32) &&
               weight.cols % tile_.wide == 0),
-      row_stride_(direct_ ? weight.cols : round_up(weight.cols, 32) + 32),
-      z_stride_(round_up(weight.cols, 32) + 16),  // no power of two: see transposed_tile
+      row_stride_(direct_ ? weight.cols : round_up(weight.cols, 2 * kTileColumns) + (tiled_ != nullptr ? 0 : 32)),
+      part_stride_(round_up(weight.cols, 2 * kTileColumns) + 16),  // no power of two: see transposed_tile
       packed_x_(pool.scratch(), steps_ * tile_.depth * max_block) {}
 
 template <class Element>
 std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t max_block, unsigned threads) {
-  const std::size_t rows = choose_block_rows(weight);
+  const std::size_t rows = choose_block_rows(weight, sizeof(Element));
   const std::size_t lane =
-      sizeof(Element) * rows * (weight.cols + 64 + max_block) + sizeof(float) * (rows + weight.cols + 48) * max_block;
-  return sizeof(Element) * (weight.cols + 1) * max_block + threads * lane;
+      sizeof(Element) * rows * (weight.cols + 96 + max_block) + sizeof(float) * (rows + weight.cols + 80) * max_block;
+  return sizeof(Element) * (weight.cols + 64) * max_block + threads * lane;
 }
 
 // The lane's blocks of rows, in their order.
@@ -82,11 +98,11 @@ void Sweep<Element>::for_each_block(std::size_t index, const Task& task) const {
   }
 }
 
-// Z's sums are kept transposed, so that a row of W is read as it lies: z_stride_ apart, k rows.
+// Z's sums are kept transposed, so that a row of W is read as it lies: part_stride_ apart, k rows.
 template <class Element>
 template <class Add>
-void Sweep<Element>::add_up(std::size_t k, float z_scale, float* z, const Add& add) {
-  const std::size_t size = z_stride_ * k;
+void Sweep<Element>::add_up(std::size_t k, float z_scale, float* z, std::size_t z_stride, const Add& add) {
+  const std::size_t size = part_stride_ * k;
   Buffer<float> sum(pool_.scratch(), size);
   std::atomic<std::size_t> added{0};
   pool_.run(lanes(), [&](std::size_t index) {
@@ -100,18 +116,18 @@ void Sweep<Element>::add_up(std::size_t k, float z_scale, float* z, const Add& a
     for (std::size_t i = 0; index > 0 && i < size; ++i) sum[i] += part[i];
     added.store(index + 1, std::memory_order_release);
   });
-  transpose(sum.data(), k, z_scale, z);
+  transpose(sum.data(), k, z_scale, z, z_stride);
 }
 
 template <class Element>
-void Sweep<Element>::transpose(const float* sum, std::size_t k, float scale, float* z) {
+void Sweep<Element>::transpose(const float* sum, std::size_t k, float scale, float* z, std::size_t z_stride) {
   constexpr std::size_t kColumns = 256;  // per task
   pool_.run((weight_.cols + kColumns - 1) / kColumns, [&](std::size_t task) {
     const std::size_t end = std::min(weight_.cols, (task + 1) * kColumns);
     for (std::size_t begin = task * kColumns; begin < end; begin += 16) {
       const std::size_t stop = std::min(end, begin + 16);
       for (std::size_t c = 0; c < k; ++c) {
-        for (std::size_t j = begin; j < stop; ++j) z[j * k + c] = sum[c * z_stride_ + j] * scale;
+        for (std::size_t j = begin; j < stop; ++j) z[j * z_stride + c] = sum[c * part_stride_ + j] * scale;
       }
     }
   });
@@ -121,7 +137,7 @@ template <class Element>
 void Sweep<Element>::power_step(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
                                 std::size_t y_stride, float z_scale, float* z) {
   pack_x(x, x_stride, k, x_scale);
-  add_up(k, z_scale, z, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+  add_up(k, z_scale, z, k, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
     multiply_rows(begin, count, k, lane, y, y_stride);
     multiply_columns(begin, count, k, lane, y, y_stride, part);
@@ -142,9 +158,9 @@ void Sweep<Element>::product(const Element* x, std::size_t x_stride, std::size_t
 }
 
 template <class Element>
-void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float z_scale,
-                                        float* z) {
-  add_up(k, z_scale, z, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float z_scale, float* z,
+                                        std::size_t z_stride) {
+  add_up(k, z_scale, z, z_stride, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
     multiply_columns(begin, count, k, lane, y, y_stride, part);
   });
@@ -152,8 +168,17 @@ void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, 
 
 template <class Element>
 void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
-  add_up(k, 1.0f, z, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+  add_up(k, 1.0f, z, k, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
+    if (tiled_ != nullptr) {
+      std::fill(lane.packed_y.begin(), lane.packed_y.end(), Element{0});
+      for (std::size_t i = 0; i < count; ++i) {
+        lane.packed_y[(i / 2 * k + (begin + i) % k) * 2 + i % 2] = to_element<Element>(signs[begin + i]);
+      }
+      tiled_->add_transposed(lane.packed_y.data(), k, lane.rows, panels(count), row_stride_ / kTileColumns, part,
+                             part_stride_);
+      return;
+    }
     for (std::size_t c = 0; c < k; ++c) {
       const std::size_t first = (c + k - begin % k) % k;  // row of the block that column c sums, as every k-th after it
       if (first >= count) continue;
@@ -162,7 +187,7 @@ void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
       for (std::size_t i = 0; i < rows; ++i) factors[i] = to_element<Element>(signs[begin + first + i * k]);
       std::fill(factors + rows, factors + round_up(rows, tile_.depth), Element{0});
       tile_.add_transposed(factors, 1, lane.rows + first * row_stride_, k * row_stride_, rows,
-                           round_up(weight_.cols, tile_.wide), part + c * z_stride_, z_stride_);
+                           round_up(weight_.cols, tile_.wide), part + c * part_stride_, part_stride_);
     }
   });
 }
@@ -177,19 +202,13 @@ void Sweep<Element>::load_rows(std::size_t begin, std::size_t count, Lane& lane)
     return;
   }
   lane.rows = lane.converted.data();
-  constexpr std::size_t kPiece = 1024;
-  alignas(64) float wide[kPiece];
+  if (tiled_ != nullptr) return tiled_->cut(data, weight_.dtype, count, weight_.cols, lane.converted.data());
   for (std::size_t i = 0; i < count; ++i) {
     Element* out = lane.converted.data() + i * row_stride_;
-    for (std::size_t at = 0; at < weight_.cols; at += kPiece) {
-      const std::size_t size = std::min(kPiece, weight_.cols - at);
-      const char* src = data + i * bytes + at * size_of(weight_.dtype);
-      if constexpr (kIsBf16<Element>) {
-        kernels_.widen(src, weight_.dtype, wide, size);
-        kernels_.bf16->narrow(wide, out + at, size);
-      } else {
-        kernels_.widen(src, weight_.dtype, out + at, size);
-      }
+    if constexpr (kIsBf16<Element>) {
+      kernels_.bf16->round_weight(data + i * bytes, weight_.dtype, out, weight_.cols);
+    } else {
+      kernels_.widen(data + i * bytes, weight_.dtype, out, weight_.cols);
     }
     std::fill(out + weight_.cols, out + round_up(weight_.cols, tile_.wide), Element{0});
   }
@@ -207,6 +226,10 @@ void Sweep<Element>::pack_x(const Element* x, std::size_t stride, std::size_t k,
       const std::size_t lanes = groups.size(group);
       Element* out = packed_x_.data() + groups.begin(group) * steps_ * depth + begin * lanes;
       pack(kernels_, x + begin * stride + groups.begin(group), stride, end - begin, lanes, out);
+      if (end == weight_.cols) {
+        const std::size_t packed = round_up(end, depth) * lanes;
+        std::fill(out + packed - begin * lanes, out + (steps_ * depth - begin) * lanes, Element{0});
+      }
       if (x_scale != 1.0f) {
         for (std::size_t i = 0; i < round_up(end - begin, depth) * lanes; ++i) {
           out[i] = to_element<Element>(to_float(out[i]) * x_scale);
@@ -221,8 +244,13 @@ void Sweep<Element>::multiply_rows(std::size_t begin, std::size_t count, std::si
                                    std::size_t y_stride) const {
   const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
+  for (std::size_t group = 0; tiled_ != nullptr && group < groups.count; ++group) {
+    const Element* b = packed_x_.data() + groups.begin(group) * steps_ * depth;
+    tiled_->multiply(lane.rows, panels(count), row_stride_ / kTileColumns, b, groups.vectors_of(group),
+                     lane.sums.data() + groups.begin(group), k);
+  }
   const std::size_t piece = std::max<std::size_t>(16, kXBytes / (k * depth * sizeof(Element)));
-  for (std::size_t at = 0; at < steps_; at += piece) {
+  for (std::size_t at = 0; tiled_ == nullptr && at < steps_; at += piece) {
     const std::size_t steps = std::min(piece, steps_ - at);
     for (std::size_t group = 0; group < groups.count; ++group) {
       const Element* b = packed_x_.data() + (groups.begin(group) * steps_ + at * groups.size(group)) * depth;
@@ -240,8 +268,15 @@ template <class Element>
 void Sweep<Element>::multiply_columns(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, const Element* y,
                                       std::size_t y_stride, float* part) const {
   pack(kernels_, y + begin * y_stride, y_stride, count, k, lane.packed_y.data());
+  if (tiled_ != nullptr) {
+    std::fill(lane.packed_y.begin() + round_up(count, 2) * k, lane.packed_y.begin() + round_up(count, kPanel) * k,
+              Element{0});
+    tiled_->add_transposed(lane.packed_y.data(), k, lane.rows, panels(count), row_stride_ / kTileColumns, part,
+                           part_stride_);
+    return;
+  }
   tile_.add_transposed(lane.packed_y.data(), k, lane.rows, row_stride_, count, round_up(weight_.cols, tile_.wide), part,
-                       z_stride_);
+                       part_stride_);
 }
 
 template class Sweep<float>;

@@ -29,9 +29,11 @@ class Sweep {
   void power_step(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
                   std::size_t y_stride, float z_scale, float* z);
 
-  // The same in two halves: y = round(W·x·x_scale), and z = Wᵀ·y·z_scale.
+  // The same in two halves: y = round(W·x·x_scale), and z = Wᵀ·y·z_scale, whose rows are z_stride apart. Only the first
+  // needs a max_block.
   void product(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y, std::size_t y_stride);
-  void transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float z_scale, float* z);
+  void transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float z_scale, float* z,
+                          std::size_t z_stride);
 
   // z (cols × k, contiguous): column c is the sum of the rows i ≡ c (mod k) of W, each times signs[i], a power of two
   // or minus one.
@@ -43,7 +45,7 @@ class Sweep {
   void for_each_block(std::size_t index, const Task& task) const;
   // Calls add(first row, rows, lane, part of zᵀ) block by block.
   template <class Add>
-  void add_up(std::size_t k, float z_scale, float* z, const Add& add);
+  void add_up(std::size_t k, float z_scale, float* z, std::size_t z_stride, const Add& add);
   void load_rows(std::size_t begin, std::size_t count, Lane& lane) const;
   void pack_x(const Element* x, std::size_t stride, std::size_t k, float x_scale);
   void multiply_rows(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, Element* y,
@@ -51,7 +53,7 @@ class Sweep {
   void multiply_columns(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, const Element* y,
                         std::size_t y_stride, float* part) const;
   std::size_t lanes() const { return (weight_.rows + lane_rows_ - 1) / lane_rows_; }
-  void transpose(const float* sum, std::size_t k, float scale, float* z);
+  void transpose(const float* sum, std::size_t k, float scale, float* z, std::size_t z_stride);
 
   const Kernels& kernels_;
   ThreadPool& pool_;
@@ -59,10 +61,11 @@ class Sweep {
   const Tile& tile_;
   std::size_t block_rows_;
   std::size_t lane_rows_;
-  std::size_t steps_;  // of a row's dot product
-  bool direct_;        // the weight's rows are elements as they lie
+  const TiledKernels* tiled_;  // null where rows are multiplied as they lie
+  std::size_t steps_;          // of a row's dot product
+  bool direct_;                // the weight's rows are elements as they lie
   std::size_t row_stride_;
-  std::size_t z_stride_;      // of the transposed parts of Z
+  std::size_t part_stride_;   // of the transposed parts of Z
   Buffer<Element> packed_x_;  // [group][step][column of the group][depth]
 };
 

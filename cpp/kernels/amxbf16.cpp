@@ -11,7 +11,8 @@ constexpr std::size_t kSide = 16;                // rows of a tile, and 32-bit c
 constexpr std::size_t kTileBytes = 64;           // of a row
 constexpr std::size_t kPairs = 2;                // bf16 in 32 bits
 constexpr std::size_t kVector = kSide * kPairs;  // bf16 in a tile's row
-constexpr std::size_t kRegisters = 4;            // of sums at most; two more are for A and two for B
+constexpr std::size_t kTile = kSide * kVector;
+constexpr std::size_t kRegisters = 4;  // of sums at most; two more are for A and two for B
 
 constexpr Tile kVectorTile = make_tile<Bf16Pair16, 8, 2, 12>();  // for what does not fill tiles
 
@@ -49,13 +50,25 @@ class WholeTiles {
   WholeTiles& operator=(const WholeTiles&) = delete;
 };
 
+// Tiles of 16 rows and 32 columns of bf16, and how far apart they and their rows lie.
+struct Operand {
+  const std::uint16_t* begin;
+  std::size_t row, panel, step;
+  const std::uint16_t* tile(std::size_t i, std::size_t j) const { return begin + i * panel + j * step; }
+  Operand below(std::size_t panels) const { return {begin + panels * panel, row, panel, step}; }
+};
+
+Operand rows_as_they_lie(const std::uint16_t* a, std::size_t a_row) { return {a, a_row, kSide * a_row, kVector}; }
+
+// See TiledKernels.
+Operand cut_rows(const std::uint16_t* w, std::size_t tiles) { return {w, kVector, tiles * kTile, kTile}; }
+
 // Rows × Vectors tiles of C. The sums of tile (i, v) are in register i·Vectors + v, A's rows in 4 and 5, B's in 6
 // and 7.
 template <std::size_t Rows, std::size_t Vectors, bool Adds>
 struct Block {
   static_assert(Rows * Vectors <= kRegisters && Vectors <= 2);
-  const std::uint16_t* a;
-  std::size_t a_row;
+  Operand a;
   const std::uint16_t* b;
   std::size_t b_step;
   float* c;
@@ -67,7 +80,7 @@ struct Block {
   template <std::size_t... Index>
   void multiply(std::size_t steps, std::index_sequence<Index...>) const {
     (begin<Index>(), ...);
-    for (std::size_t s = 0; s < steps; s += kSide) (add<Index>(a + s * kPairs, b + s * b_step), ...);
+    for (std::size_t s = 0; s < steps; s += kSide) (add<Index>(s / kSide, b + s * b_step), ...);
     (store<Index>(tile(Index), c_row * sizeof *c), ...);
   }
   float* tile(std::size_t index) const { return c + index / Vectors * kSide * c_row + index % Vectors * kSide; }
@@ -80,26 +93,26 @@ struct Block {
     }
   }
   template <std::size_t Index>
-  void add(const std::uint16_t* left, const std::uint16_t* right) const {
+  void add(std::size_t step, const std::uint16_t* right) const {
     constexpr std::size_t kRow = Index / Vectors, kColumn = Index % Vectors;
     constexpr int kA = 4 + kRow % 2, kB = 6 + kColumn % 2;
-    if constexpr (kColumn == 0) load<kA>(left + kRow * kSide * a_row, a_row * sizeof *left);
+    if constexpr (kColumn == 0) load<kA>(a.tile(kRow, step), a.row * sizeof *right);
     if constexpr (kRow == 0) load<kB>(right + kColumn * kSide * kPairs, b_step * sizeof *right);
     multiply_add<Index, kA, kB>();
   }
 };
 
-// Columns [0, 16·Vectors) of `rows` rows, a multiple of 16.
+// Columns [0, 16·Vectors) of all panels of 16 rows.
 template <std::size_t Vectors, bool Adds>
-void multiply_columns(const std::uint16_t* a, std::size_t a_row, const std::uint16_t* b, std::size_t b_step,
-                      std::size_t steps, float* c, std::size_t c_row, std::size_t rows) {
+void multiply_columns(Operand a, const std::uint16_t* b, std::size_t b_step, std::size_t steps, float* c,
+                      std::size_t c_row, std::size_t panels) {
   constexpr std::size_t kRows = kRegisters / Vectors;
   std::size_t i = 0;
-  for (; i + kRows * kSide <= rows; i += kRows * kSide) {
-    Block<kRows, Vectors, Adds>{a + i * a_row, a_row, b, b_step, c + i * c_row, c_row}.multiply(steps);
+  for (; i + kRows <= panels; i += kRows) {
+    Block<kRows, Vectors, Adds>{a.below(i), b, b_step, c + i * kSide * c_row, c_row}.multiply(steps);
   }
-  for (; i < rows; i += kSide) {
-    Block<1, Vectors, Adds>{a + i * a_row, a_row, b, b_step, c + i * c_row, c_row}.multiply(steps);
+  for (; i < panels; ++i) {
+    Block<1, Vectors, Adds>{a.below(i), b, b_step, c + i * kSide * c_row, c_row}.multiply(steps);
   }
 }
 
@@ -114,8 +127,8 @@ void multiply_strip(const void* a_begin, std::size_t a_row, std::size_t a_step, 
   const std::size_t tiled_steps = tiled_rows > 0 ? steps / kSide * kSide : 0;
   if (tiled_rows > 0) {
     const WholeTiles tiles;
-    (vectors == 1 ? multiply_columns<1, Adds> : multiply_columns<2, Adds>)(a, a_row, b, b_step, tiled_steps, c, c_row,
-                                                                           tiled_rows);
+    (vectors == 1 ? multiply_columns<1, Adds> : multiply_columns<2, Adds>)(rows_as_they_lie(a, a_row), b, b_step,
+                                                                           tiled_steps, c, c_row, tiled_rows / kSide);
   }
   if (tiled_rows > 0 && tiled_steps < steps) {
     kVectorTile.accumulate(a + tiled_steps * a_step, a_row, a_step, b + tiled_steps * b_step, steps - tiled_steps, c,
@@ -147,7 +160,7 @@ void spread(const std::uint16_t* a, std::size_t k, Spread& out) {
 }
 
 // Adds two tiles, of the even columns and of the odd ones, to 16 × 32 elements of c.
-void add_interleaved(const float (&sums)[2][kSide][kSide], float* c, std::size_t c_row) {
+void add_interleaved(const float (*sums)[kSide][kSide], float* c, std::size_t c_row) {
   const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   for (std::size_t i = 0; i < kSide; ++i, c += c_row) {
@@ -157,23 +170,36 @@ void add_interleaved(const float (&sums)[2][kSide][kSide], float* c, std::size_t
   }
 }
 
-// 16 rows of C and 32 columns. B's rows are read as they lie: what the instruction takes for a pair are neighbours in a
-// row, and as A's values come with a zero beside them, only one of the two is multiplied.
-void add_tiles(const Spread* a, std::size_t tiles, const std::uint16_t* b, std::size_t b_row, float* c,
-               std::size_t c_row) {
+// 16 rows of C and 32 columns, or twice that. B's rows are read as they are: what the instruction takes for a pair are
+// neighbours in a row, and as A's values come with a zero beside them, only one of the two is multiplied.
+template <std::size_t Pairs>
+void add_tiles(const Spread* a, std::size_t panels, Operand b, float* c, std::size_t c_row) {
   clear<0>();
   clear<1>();
-  for (std::size_t t = 0; t < tiles; ++t) {
-    load<6>(b + t * kSide * b_row, b_row * sizeof *b);
-    load<4>(a[t].low, kTileBytes);
-    load<5>(a[t].high, kTileBytes);
+  if constexpr (Pairs == 2) {
+    clear<2>();
+    clear<3>();
+  }
+  for (std::size_t i = 0; i < panels; ++i) {
+    load<4>(a[i].low, kTileBytes);
+    load<5>(a[i].high, kTileBytes);
+    load<6>(b.tile(i, 0), b.row * sizeof *b.begin);
     multiply_add<0, 4, 6>();
     multiply_add<1, 5, 6>();
+    if constexpr (Pairs == 2) {
+      load<7>(b.tile(i, 1), b.row * sizeof *b.begin);
+      multiply_add<2, 4, 7>();
+      multiply_add<3, 5, 7>();
+    }
   }
-  alignas(kTileBytes) float sums[2][kSide][kSide];
+  alignas(kTileBytes) float sums[2 * Pairs][kSide][kSide];
   store<0>(sums[0], kTileBytes);
   store<1>(sums[1], kTileBytes);
-  add_interleaved(sums, c, c_row);
+  if constexpr (Pairs == 2) {
+    store<2>(sums[2], kTileBytes);
+    store<3>(sums[3], kTileBytes);
+  }
+  for (std::size_t pair = 0; pair < Pairs; ++pair) add_interleaved(&sums[2 * pair], c + pair * kVector, c_row);
 }
 
 void add_transposed(const void* a_begin, std::size_t k, const void* b_begin, std::size_t b_row, std::size_t rows,
@@ -190,7 +216,7 @@ void add_transposed(const void* a_begin, std::size_t k, const void* b_begin, std
       for (std::size_t i = 0; i < k; i += kSide) {
         for (std::size_t t = 0; t < tiles; ++t) spread(a + (at + t * kSide) * k + i * kPairs, k, spreads[t]);
         for (std::size_t j = 0; j < columns; j += kVector) {
-          add_tiles(spreads, tiles, b + at * b_row + j, b_row, c + i * c_row + j, c_row);
+          add_tiles<1>(spreads, tiles, rows_as_they_lie(b + at * b_row + j, b_row), c + i * c_row + j, c_row);
         }
       }
     }
@@ -201,9 +227,82 @@ void add_transposed(const void* a_begin, std::size_t k, const void* b_begin, std
   }
 }
 
+template <class Stored, class Round>
+void cut_values(const Stored* src, std::size_t rows, std::size_t cols, std::uint16_t* dst, const Round& round) {
+  const std::size_t tiles = (cols + 2 * kVector - 1) / (2 * kVector) * 2, whole = cols / kVector;
+  for (std::size_t i = 0; i < rows; ++i, src += cols) {
+    std::uint16_t* out = dst + i / kSide * tiles * kTile + i % kSide * kVector;
+    for (std::size_t t = 0; t < whole; ++t) {
+      for (std::size_t byte = 0; byte < kVector * sizeof(Stored); byte += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(src + t * kVector) + byte + kFetchAhead, _MM_HINT_T0);
+      }
+      _mm512_store_si512(out + t * kTile, round(src + t * kVector, ~std::uint32_t{0}));
+    }
+    if (whole < tiles) {
+      const auto rest = static_cast<std::uint32_t>((std::uint64_t{1} << (cols % kVector)) - 1);
+      _mm512_store_si512(out + whole * kTile, round(src + whole * kVector, rest));
+    }
+    for (std::size_t t = whole + 1; t < tiles; ++t) _mm512_store_si512(out + t * kTile, _mm512_setzero_si512());
+  }
+  for (std::size_t i = rows; i % kSide != 0; ++i) {
+    std::uint16_t* out = dst + i / kSide * tiles * kTile + i % kSide * kVector;
+    for (std::size_t t = 0; t < tiles; ++t) _mm512_store_si512(out + t * kTile, _mm512_setzero_si512());
+  }
+}
+
+__m512i as_bf16(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
+
+void cut(const void* src, DType dtype, std::size_t rows, std::size_t cols, void* out) {
+  const auto* halves = static_cast<const std::uint16_t*>(src);
+  auto* dst = static_cast<std::uint16_t*>(out);
+  if (dtype == DType::f32) {
+    cut_values(static_cast<const float*>(src), rows, cols, dst, [](const float* p, std::uint32_t lanes) {
+      return as_bf16(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p),
+                     _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), p + 16));
+    });
+  } else if (dtype == DType::f16) {
+    cut_values(halves, rows, cols, dst, [](const std::uint16_t* p, std::uint32_t lanes) {
+      return as_bf16(load_half(p, DType::f16, static_cast<__mmask16>(lanes)),
+                     load_half(p + 16, DType::f16, static_cast<__mmask16>(lanes >> 16)));
+    });
+  } else {
+    cut_values(halves, rows, cols, dst,
+               [](const std::uint16_t* p, std::uint32_t lanes) { return _mm512_maskz_loadu_epi16(lanes, p); });
+  }
+}
+
+void multiply_cut(const void* w, std::size_t panels, std::size_t tiles, const void* b, std::size_t vectors, float* c,
+                  std::size_t c_row) {
+  const WholeTiles whole;
+  const auto multiply = vectors == 1 ? multiply_columns<1, false> : multiply_columns<2, false>;
+  multiply(cut_rows(static_cast<const std::uint16_t*>(w), tiles), static_cast<const std::uint16_t*>(b),
+           vectors * kSide * kPairs, tiles * kSide, c, c_row, panels);
+}
+
+void add_transposed_cut(const void* a_begin, std::size_t k, const void* w_begin, std::size_t panels, std::size_t tiles,
+                        float* c, std::size_t c_row) {
+  const auto* a = static_cast<const std::uint16_t*>(a_begin);
+  const auto* w = static_cast<const std::uint16_t*>(w_begin);
+  const WholeTiles whole;
+  Spread spreads[kMaxTransposedTiles];
+  for (std::size_t at = 0; at < panels; at += kMaxTransposedTiles) {
+    const std::size_t count = std::min(kMaxTransposedTiles, panels - at);
+    for (std::size_t i = 0; i < k; i += kSide) {
+      for (std::size_t t = 0; t < count; ++t) spread(a + (at + t) * kSide * k + i * kPairs, k, spreads[t]);
+      for (std::size_t t = 0; t < tiles; t += 2) {
+        add_tiles<2>(spreads, count, cut_rows(w + (at * tiles + t) * kTile, tiles), c + i * c_row + t * kVector, c_row);
+      }
+    }
+  }
+}
+
+constexpr TiledKernels kTiled = {cut, multiply_cut, add_transposed_cut};
+
 constexpr Bf16Kernels kBf16 = {
     {kPairs, kSide, 2 * kSide, 2, multiply_strip<false>, multiply_strip<true>, kVector, add_transposed},
+    &kTiled,
     narrow,
+    round_weight,
     pack_pairs};
 
 }  // namespace

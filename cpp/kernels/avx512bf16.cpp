@@ -4,7 +4,7 @@
 namespace pissa {
 namespace {
 
-constexpr Bf16Kernels kBf16 = {make_tile<Bf16Pair16, 8, 3, 12>(), narrow, pack_pairs};
+constexpr Bf16Kernels kBf16 = {make_tile<Bf16Pair16, 8, 3, 12>(), nullptr, narrow, round_weight, pack_pairs};
 
 }  // namespace
 

@@ -70,5 +70,37 @@ void narrow(const float* src, std::uint16_t* dst, std::size_t count) {
   }
 }
 
+// Rows are converted as they come from memory, faster than the CPU would fetch them by itself.
+constexpr std::size_t kFetchAhead = 4096;  // bytes
+
+template <class Stored, class Load>
+void round_values(const Stored* src, std::uint16_t* dst, std::size_t count, const Load& load) {
+  constexpr std::size_t kStep = 64 / sizeof(Stored);
+  std::size_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    _mm_prefetch(reinterpret_cast<const char*>(src + i) + kFetchAhead, _MM_HINT_T0);
+    for (std::size_t j = i; j < i + kStep; j += 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + j),
+                          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load(src + j, first_lanes(16)))));
+    }
+  }
+  for (; i < count; i += 16) {
+    const __mmask16 lanes = first_lanes(count - i);
+    _mm256_mask_storeu_epi16(dst + i, lanes, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load(src + i, lanes))));
+  }
+}
+
+void round_weight(const void* src, DType dtype, std::uint16_t* dst, std::size_t count) {
+  if (dtype == DType::f32) {
+    round_values(static_cast<const float*>(src), dst, count,
+                 [](const float* p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); });
+  } else if (dtype == DType::f16) {
+    round_values(static_cast<const std::uint16_t*>(src), dst, count,
+                 [](const std::uint16_t* p, __mmask16 lanes) { return load_half(p, DType::f16, lanes); });
+  } else {
+    std::memcpy(dst, src, count * sizeof *dst);
+  }
+}
+
 }  // namespace
 }  // namespace pissa

@@ -46,7 +46,7 @@ void check_power_step(const Kernels& kernels, DType dtype, const Shape& s) {
     CHECK(y == other_y && z == other_z, "%s %s: %u threads change it", kernels.name, name_of(dtype), threads);
     std::fill(other_y.begin(), other_y.end(), Element{0});
     sweep.product(x.data(), stride, s.k, 0.5f, other_y.data(), stride);
-    sweep.transposed_product(other_y.data(), stride, s.k, 0.25f, other_z.data());
+    sweep.transposed_product(other_y.data(), stride, s.k, 0.25f, other_z.data(), s.k);
     CHECK(y == other_y && z == other_z, "%s %s: its halves differ from a power step", kernels.name, name_of(dtype));
     sweep.sketch(signs.data(), s.k, other_z.data());
     if (threads == 1) sketch = other_z;

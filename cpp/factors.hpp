@@ -1,0 +1,29 @@
+// The leading singular triplets of one matrix.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "buffer.hpp"
+
+namespace pissa {
+
+// W ≈ Σ σᵢ·uᵢ·vᵢᵀ, with uᵢ the column order[i] of `left`, and vᵢ that of `right` divided by its length. Row-major with
+// `stride`.
+struct Factors {
+  std::size_t stride = 0;
+  Buffer<float> left;          // rows × rank, orthonormal
+  Buffer<float> right;         // cols × rank
+  std::vector<double> length;  // of right's columns
+  std::vector<double> sigma;   // descending
+  std::vector<std::size_t> order;
+};
+
+// Lengths of the first `columns` columns of `a`, row-major with `stride`.
+std::vector<double> column_lengths(const Buffer<float>& a, std::size_t stride, std::size_t columns);
+
+// Factors whose triplets have these `sigma` and lengths to the right, in the order of the columns.
+Factors in_descending_order(std::size_t stride, Buffer<float> left, Buffer<float> right,
+                            const std::vector<double>& length, const std::vector<double>& sigma);
+
+}  // namespace pissa
