@@ -51,12 +51,16 @@ bool uses_bf16(const Kernels& kernels, const Weight& weight) {
   return kernels.bf16 != nullptr && std::min(weight.rows, weight.cols) >= kSmallForBf16;
 }
 
-// Wide blocks are for products that wait for W rather than the arithmetic, and ranks that need many of them.
-constexpr std::size_t kRankForWide = 64, kSmallForWide = 2048;
+// Wide blocks are for products that wait for W rather than the arithmetic, ranks that need many of them, and rows so
+// short that a wide block of X stays in a core's second-level cache.
+constexpr std::size_t kRankForWide = 96, kSmallForWide = 2048, kLongForWide = 8192;
 
 std::size_t choose_block(const Kernels& kernels, const Weight& weight, std::size_t rank) {
   const bool waits = uses_bf16(kernels, weight) && kernels.bf16->tiled != nullptr;
-  return waits && rank >= kRankForWide && std::min(weight.rows, weight.cols) >= kSmallForWide ? kWide : kNarrow;
+  return waits && rank >= kRankForWide && std::min(weight.rows, weight.cols) >= kSmallForWide &&
+                 weight.cols <= kLongForWide
+             ? kWide
+             : kNarrow;
 }
 
 // Directions beyond the rank that a basis found in less precision hands on.
