@@ -63,6 +63,9 @@ std::size_t choose_block(const Kernels& kernels, const Weight& weight, std::size
              : kNarrow;
 }
 
+// Share of the energy that a basis in bf16 loses by its rounding, at most, where the spectrum has a gap.
+constexpr double kFaithful = 1e-5;
+
 // Directions beyond the rank that a basis found in less precision hands on.
 constexpr std::size_t kSpare = 16;
 
@@ -217,6 +220,8 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     // beyond the basis is of the size of that rounding, and further blocks would be copies of the first.
     const bool drowns = ritz.sigma[rank - 1] < kPrecise * ritz.sigma[0] || (kIsBf16<Element> && basis.householder);
     if (!exact && drowns) return start_over();
+    // Where next to nothing is missing, it would be what a basis in bf16 is off by.
+    if (rounded && ritz.estimated_deficit < kFaithful) return start_over();
     if (ritz.estimated_deficit <= kTargetDeficit || basis.exhausted || basis.passes == schedule.max_passes) break;
     // A check costs as much as a pass or two: the next is where the estimate will have come down, but not far ahead, as
     // single passes gain more or less than those around them.
@@ -234,7 +239,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     result.ritz_seconds += seconds_since(start);
     return factors;
   }
-  const int exponent = basis.exponent;
+  const int exponent = basis.weight_exponent + basis.exponent;
   Buffer<float> left = finder->combine_y(ritz.vectors, count);
   finder.reset();
   result.ritz_seconds += seconds_since(start);

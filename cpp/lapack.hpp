@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <limits>
 #include <vector>
 
 namespace pissa::lapack {
@@ -114,7 +116,8 @@ struct Tridiagonal<double> {
 // d, vectors in the last columns of z (n × n). False where LAPACK reports a failure.
 //
 // All of them by divide and conquer, which for many is two to three times faster than bisection and inverse iteration;
-// a few by inverse iteration from all eigenvalues, without whose vectors these take next to no time.
+// a few by inverse iteration from all eigenvalues, without whose vectors these take next to no time, unless the matrix
+// falls apart into several.
 template <class T>
 bool solve_tridiagonal(std::size_t n, std::size_t count, T* d, T* e, T* z) {
   const int size = narrow(n), wanted = narrow(count);
@@ -123,7 +126,11 @@ bool solve_tridiagonal(std::size_t n, std::size_t count, T* d, T* e, T* z) {
   const int lwork = narrow(work.size()), liwork = narrow(iwork.size());
   int info = 0;
   constexpr std::size_t kFew = 32;
-  if (count <= kFew && 4 * count <= n) {
+  bool whole = true;
+  for (std::size_t i = 0; i + 1 < n; ++i) {
+    whole = whole && std::abs(e[i]) > std::numeric_limits<T>::epsilon() * (std::abs(d[i]) + std::abs(d[i + 1]));
+  }
+  if (whole && count <= kFew && 4 * count <= n) {
     std::vector<T> values(d, d + n), off(e, e + n);
     Tridiagonal<T>::eigenvalues(&size, values.data(), off.data(), &info);
     const std::vector<int> block(n, 1), split(n, size);

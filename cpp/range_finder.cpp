@@ -46,10 +46,16 @@ RangeFinder<Element>::RangeFinder(const Kernels& kernels, ThreadPool& pool, cons
     const float largest = max_magnitude(kernels, pool, weight);
     if (!std::isfinite(largest)) throw std::domain_error("holds NaN or infinity");
     zero_ = largest == 0.0f;
-    out_of_range_ = !zero_ && kIsBf16<Element>;
+    out_of_range_ = !zero_ && kIsBf16<Element> && weight.dtype == DType::bf16;
     if (zero_ || out_of_range_) return;
     const int magnitude = std::clamp(std::ilogb(largest), -120, 120);
-    norm = std::ldexp(sketch(std::ldexp(1.0f, -magnitude), key), magnitude);
+    if (kIsBf16<Element>) {
+      basis_.weight_exponent = magnitude;
+      sweep_.scale_weight(std::ldexp(1.0f, -magnitude));
+      norm = sketch(1.0f, key);
+    } else {
+      norm = std::ldexp(sketch(std::ldexp(1.0f, -magnitude), key), magnitude);
+    }
   }
   basis_.exponent = std::clamp(std::ilogb(norm / std::sqrt(static_cast<double>(block))), -120, 120);
   basis_.householder = extend_basis(kernels, pool, weight.cols, x_.data(), stride_, 0, 0, z_.data(), block).householder;

@@ -21,8 +21,9 @@ namespace pissa {
 struct KrylovBasis {
   std::size_t block = 0;
   std::size_t passes = 0;
-  int exponent = 0;        // ‖W‖ is near 2^exponent: Y is of order one
-  bool exhausted = false;  // X spans all that W does not map to zero
+  int weight_exponent = 0;  // W stands for W·2^-weight_exponent, in what follows too
+  int exponent = 0;         // ‖W‖ is near 2^exponent: Y is of order one
+  bool exhausted = false;   // X spans all that W does not map to zero
   bool householder = false;
 
   std::size_t columns() const { return passes * block; }

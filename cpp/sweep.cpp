@@ -202,11 +202,12 @@ void Sweep<Element>::load_rows(std::size_t begin, std::size_t count, Lane& lane)
     return;
   }
   lane.rows = lane.converted.data();
-  if (tiled_ != nullptr) return tiled_->cut(data, weight_.dtype, count, weight_.cols, lane.converted.data());
+  if (tiled_ != nullptr)
+    return tiled_->cut(data, weight_.dtype, weight_scale_, count, weight_.cols, lane.converted.data());
   for (std::size_t i = 0; i < count; ++i) {
     Element* out = lane.converted.data() + i * row_stride_;
     if constexpr (kIsBf16<Element>) {
-      kernels_.bf16->round_weight(data + i * bytes, weight_.dtype, out, weight_.cols);
+      kernels_.bf16->round_weight(data + i * bytes, weight_.dtype, weight_scale_, out, weight_.cols);
     } else {
       kernels_.widen(data + i * bytes, weight_.dtype, out, weight_.cols);
     }

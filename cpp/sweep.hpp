@@ -24,6 +24,9 @@ class Sweep {
 
   static std::size_t workspace_bytes(const Weight& weight, std::size_t max_block, unsigned threads);
 
+  // From now on W stands for W·scale, a power of two: only where W is rounded to bf16 from another dtype.
+  void scale_weight(float scale) { weight_scale_ = scale; }
+
   // y (rows × k) = round(W·x·x_scale), z (cols × k, contiguous) = Wᵀ·y·z_scale for exactly the y that is returned.
   // x is cols × k; the scales are powers of two.
   void power_step(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
@@ -58,6 +61,7 @@ class Sweep {
   const Kernels& kernels_;
   ThreadPool& pool_;
   Weight weight_;
+  float weight_scale_ = 1;
   const Tile& tile_;
   std::size_t block_rows_;
   std::size_t lane_rows_;

@@ -252,18 +252,19 @@ void cut_values(const Stored* src, std::size_t rows, std::size_t cols, std::uint
 
 __m512i as_bf16(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
 
-void cut(const void* src, DType dtype, std::size_t rows, std::size_t cols, void* out) {
+void cut(const void* src, DType dtype, float scale, std::size_t rows, std::size_t cols, void* out) {
   const auto* halves = static_cast<const std::uint16_t*>(src);
   auto* dst = static_cast<std::uint16_t*>(out);
+  const __m512 factor = _mm512_set1_ps(scale);
   if (dtype == DType::f32) {
-    cut_values(static_cast<const float*>(src), rows, cols, dst, [](const float* p, std::uint32_t lanes) {
-      return as_bf16(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p),
-                     _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), p + 16));
+    cut_values(static_cast<const float*>(src), rows, cols, dst, [&](const float* p, std::uint32_t lanes) {
+      return as_bf16(_mm512_mul_ps(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p), factor),
+                     _mm512_mul_ps(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), p + 16), factor));
     });
   } else if (dtype == DType::f16) {
-    cut_values(halves, rows, cols, dst, [](const std::uint16_t* p, std::uint32_t lanes) {
-      return as_bf16(load_half(p, DType::f16, static_cast<__mmask16>(lanes)),
-                     load_half(p + 16, DType::f16, static_cast<__mmask16>(lanes >> 16)));
+    cut_values(halves, rows, cols, dst, [&](const std::uint16_t* p, std::uint32_t lanes) {
+      return as_bf16(_mm512_mul_ps(load_half(p, DType::f16, static_cast<__mmask16>(lanes)), factor),
+                     _mm512_mul_ps(load_half(p + 16, DType::f16, static_cast<__mmask16>(lanes >> 16)), factor));
     });
   } else {
     cut_values(halves, rows, cols, dst,

@@ -90,13 +90,16 @@ void round_values(const Stored* src, std::uint16_t* dst, std::size_t count, cons
   }
 }
 
-void round_weight(const void* src, DType dtype, std::uint16_t* dst, std::size_t count) {
+void round_weight(const void* src, DType dtype, float scale, std::uint16_t* dst, std::size_t count) {
+  const __m512 factor = _mm512_set1_ps(scale);
   if (dtype == DType::f32) {
-    round_values(static_cast<const float*>(src), dst, count,
-                 [](const float* p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); });
+    round_values(static_cast<const float*>(src), dst, count, [&](const float* p, __mmask16 lanes) {
+      return _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, p), factor);
+    });
   } else if (dtype == DType::f16) {
-    round_values(static_cast<const std::uint16_t*>(src), dst, count,
-                 [](const std::uint16_t* p, __mmask16 lanes) { return load_half(p, DType::f16, lanes); });
+    round_values(static_cast<const std::uint16_t*>(src), dst, count, [&](const std::uint16_t* p, __mmask16 lanes) {
+      return _mm512_mul_ps(load_half(p, DType::f16, lanes), factor);
+    });
   } else {
     std::memcpy(dst, src, count * sizeof *dst);
   }

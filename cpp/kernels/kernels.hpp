@@ -49,8 +49,9 @@ struct TileNorms {
 // For instruction sets with registers of whole tiles: a weight's rows are first cut into tiles of 16 × 32 bf16 that lie
 // in one piece, panels of 16 rows after each other, padded with zeros to a whole panel and an even number of tiles.
 struct TiledKernels {
-  // dst = `rows` × `cols` values, of a row-major weight `cols` wide, rounded to bf16; denormals may become zero.
-  void (*cut)(const void* src, DType dtype, std::size_t rows, std::size_t cols, void* dst);
+  // dst = `rows` × `cols` values, of a row-major weight `cols` wide, times `scale`, rounded to bf16; denormals may
+  // become zero. bf16 itself is not scaled.
+  void (*cut)(const void* src, DType dtype, float scale, std::size_t rows, std::size_t cols, void* dst);
   // c (16·panels × 16·vectors, rows c_row apart) = W·B; B is packed as for `Tile`, with zeros past the last row.
   void (*multiply)(const void* w, std::size_t panels, std::size_t tiles, const void* b, std::size_t vectors, float* c,
                    std::size_t c_row);
@@ -65,8 +66,8 @@ struct Bf16Kernels {
   const TiledKernels* tiled;  // null where there is none: rows are multiplied as they lie
   // dst[i] = src[i] as bf16, to nearest even.
   void (*narrow)(const float* src, std::uint16_t* dst, std::size_t count);
-  // The same of a weight's values; denormals may become zero.
-  void (*round_weight)(const void* src, DType dtype, std::uint16_t* dst, std::size_t count);
+  // The same of a weight's values times `scale`; denormals may become zero. bf16 itself is not scaled.
+  void (*round_weight)(const void* src, DType dtype, float scale, std::uint16_t* dst, std::size_t count);
   // [rows][columns] with row stride → [(rows+1)/2][columns][2], zero past the last row. `columns` is a multiple of 16.
   void (*pack_pairs)(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns,
                      std::uint16_t* dst);
