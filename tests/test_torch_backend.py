@@ -32,7 +32,7 @@ from pissa_convert.linalg import (
 )
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.linalg.torch_backend import TorchBackend
-from pissa_convert.linalg.torch_device import Device
+from pissa_convert.linalg.torch_device import Device, find_devices
 
 ROOM = 1 << 40
 CUSOLVER = "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"
@@ -208,6 +208,40 @@ def test_a_driver_without_a_gpu_for_torch_means_the_cpu(monkeypatch: pytest.Monk
     (tmp_path / "nvidiactl").touch()
     monkeypatch.setattr(select, "_DRIVER", (tmp_path / "nvidiactl",))
     assert isinstance(select.select_backend("auto"), NativeBackend)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[int, float]:
+    """Three GPUs, as torch would tell of them, the second of another kind; by index the share that may be taken."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # restored afterwards
+    shares: dict[int, float] = {}
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(select, "_DRIVER", (tmp_path / "nvidiactl",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "ABA"[index])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (60 << 30, 80 << 30))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, index: shares.__setitem__(index, share)
+    )
+    return shares
+
+
+def test_auto_takes_every_gpu_of_the_first_ones_kind(gpus: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Device] = []
+    monkeypatch.setattr(torch_backend, "TorchBackend", lambda pool: found.extend(pool) or "torch")
+    assert select.select_backend("auto") == "torch"
+    assert [device.device.index for device in found] == [0, 2]
+    assert all(device.limit == int(0.9 * (60 << 30)) for device in found)
+    assert gpus.keys() == {0, 2}
+
+
+def test_one_gpu_and_its_memory_can_be_chosen(gpus: dict[int, float]) -> None:
+    (device,) = find_devices(1, 20 << 30, is_needed=True)
+    assert (device.device.index, device.limit) == (1, 20 << 30)
+    assert gpus == {1: 0.25}
+    with pytest.raises(RequestError, match="--device names no device: expected less than cuda:3, found cuda:3"):
+        find_devices(3, None, is_needed=True)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
