@@ -59,16 +59,18 @@ def test_killed_at_every_step(source: Path, expected: dict[str, str], tmp_path: 
 
 def kill_at_random_moments(smol: Path, reference: dict[str, str], tmp_path: Path, kills: int) -> None:
     """Kill again and again, also the runs that continue, until as many kills have landed."""
+    dest = tmp_path / "out"
+    arguments = [COMMAND, str(smol), str(dest), "--to", "pissa", "--quiet"]
+    start = time.perf_counter()
+    subprocess.run(arguments, check=True)
+    takes = time.perf_counter() - start
     dice = random.Random(0)
-    landed, attempt = 0, 0
+    landed = 0
     while landed < kills:
-        attempt += 1
-        dest = tmp_path / str(attempt)
+        shutil.rmtree(dest)
         while True:
-            process = subprocess.Popen(
-                [COMMAND, str(smol), str(dest), "--to", "pissa", "--quiet"], stderr=subprocess.PIPE
-            )
-            time.sleep(dice.uniform(0.05, 3.0))
+            process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
+            time.sleep(dice.uniform(0.05, takes))
             process.send_signal(signal.SIGKILL)
             process.communicate()
             if process.returncode != -signal.SIGKILL:
