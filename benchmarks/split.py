@@ -4,7 +4,8 @@
                                [--smollm2 FOLDER] [--full-svd] [--json FILE]
 
 Peer: what PEFT does for `pissa_niter_N`: W.float(), torch.svd_lowrank(q=r, niter=N), scale, residual, cast back.
-Ours: `--passes auto`, bytes of W in, bytes of W_res, A and B out. Both on the same matrices, interleaved, medians.
+Ours: `--passes auto`, bytes of W in, bytes of W_res, A and B out. Both on the same matrices, in memory of the kind that
+the engine reads weights into (huge pages), interleaved, medians.
 Deficit: the share of the best rank-r energy that the factors do not capture; ours from A and B as stored,
 1 − (‖W‖² − ‖W − sBA‖²)/Σσ² in double, the peer's from its singular values before they are rounded.
 
@@ -39,6 +40,7 @@ import torch
 from safetensors.torch import load_file
 
 from pissa_convert import _core
+from pissa_convert.engine.buffers import Buffers
 from pissa_convert.linalg import SplitSpec, tensor_key
 from pissa_convert.linalg.native import usable_cpus
 
@@ -55,6 +57,11 @@ def made(rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
     left = torch.linalg.qr(torch.randn(rows, size, generator=generator))[0]
     right = torch.linalg.qr(torch.randn(cols, size, generator=generator))[0]
     return (left * sigma) @ right.T, sigma.double()
+
+
+def like_the_engine(weight: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of the kind that the engine's buffers are in."""
+    return torch.frombuffer(Buffers(weight.nbytes).memory, dtype=weight.dtype).view(weight.shape).copy_(weight)
 
 
 def exact_sigma(weight: torch.Tensor) -> torch.Tensor:
@@ -101,7 +108,7 @@ class Ours:
         for weight in weights:
             rows, cols = weight.shape
             spec = SplitSpec(rows, cols, CODES[weight.dtype], rank, 1.0, "F32", False, None, tensor_key(0, "benchmark"))
-            raw = weight.clone().view(torch.int16 if weight.itemsize == 2 else torch.int32).numpy()
+            raw = like_the_engine(weight).view(torch.int16 if weight.itemsize == 2 else torch.int32).numpy()
             work.append((spec, raw, torch.empty(spec.a_shape).numpy(), torch.empty(spec.b_shape).numpy()))
         time.sleep(0.02)  # torch's threads spin for a while after its last operation: they would hold our CPUs
         started = time.perf_counter()
@@ -241,7 +248,7 @@ def main() -> None:
     rows = []
     for name, full, sigma in cases(arguments):
         for dtype in arguments.dtypes.split(","):
-            weights = [weight.to(getattr(torch, dtype)) for weight in full]
+            weights = [like_the_engine(weight.to(getattr(torch, dtype))) for weight in full]
             energies = [(exact_sigma(w) if sigma is None else sigma).square().cumsum(0) for w in weights]
             for rank in map(int, arguments.ranks.split(",")):
                 row = measure(name, weights, energies, rank, arguments.repeat, ours, arguments.full_svd)

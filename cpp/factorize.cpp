@@ -21,26 +21,27 @@ namespace {
 // Where σ_r is less of σ₁ than this, products in bf16 and sums in float would cost the last directions accuracy.
 constexpr double kPrecise = 2e-2;
 
-constexpr std::size_t kNarrow = 16, kWide = 32;  // blocks
+// Columns of X to a pass. Narrower blocks reach the target with fewer columns, but blocks narrower than a vector waste
+// more than that.
+constexpr std::size_t kBlock = 16;
 
-// How the work is laid out for a rank. Narrower blocks reach the target with fewer columns, but blocks narrower than a
-// vector waste more than that; wider ones read W less often. Measured on weights with language models' spectra: about
-// 2.3·rank + 64 columns reach it, or 64 more in wide blocks. The first check comes a little earlier and tells from the
-// speed of convergence when the next is due.
+// How the work is laid out for a rank. Measured on weights with language models' spectra: about 2.3·rank + 64 columns
+// reach the target. The first check comes a little earlier and tells from the speed of convergence when the next is
+// due.
 struct Schedule {
-  Schedule(const Weight& weight, std::size_t rank, std::size_t passes, std::size_t width) : block(width) {
+  Schedule(const Weight& weight, std::size_t rank, std::size_t passes) {
     const std::size_t limit = std::min(weight.rows, weight.cols);
-    first_check = (block == kNarrow ? 2 * rank + 48 : 2 * rank + rank / 4 + 112) / block;
-    max_passes = passes > 0 ? passes : (6 * rank + 64) / block + 1;
+    first_check = (2 * rank + rank / 8 + 48) / kBlock;
+    max_passes = passes > 0 ? passes : (6 * rank + 64) / kBlock + 1;
     // Where the basis would have to span most of the space, its whole Gram matrix is cheaper and exact.
     const std::size_t expected = 2 * rank + rank / 4 + 64;
-    exact = passes == 0 ? 4 * expected >= 3 * limit : rank + 2 * block > limit;
-    if (!exact) max_passes = std::min(max_passes, limit / block);
-    min_passes = (rank + block - 1) / block;
+    exact = passes == 0 ? 4 * expected >= 3 * limit : rank + 2 * kBlock > limit;
+    if (!exact) max_passes = std::min(max_passes, limit / kBlock);
+    min_passes = (rank + kBlock - 1) / kBlock;
     if (!exact && max_passes < min_passes) exact = true;
     first_check = std::clamp(first_check, min_passes, std::max(min_passes, max_passes));
   }
-  std::size_t block, first_check, max_passes, min_passes;
+  std::size_t first_check, max_passes, min_passes;
   bool exact;
 };
 
@@ -49,18 +50,6 @@ constexpr std::size_t kSmallForBf16 = 96;
 
 bool uses_bf16(const Kernels& kernels, const Weight& weight) {
   return kernels.bf16 != nullptr && std::min(weight.rows, weight.cols) >= kSmallForBf16;
-}
-
-// Wide blocks are for products that wait for W rather than the arithmetic, ranks that need many of them, and rows so
-// short that a wide block of X stays in a core's second-level cache.
-constexpr std::size_t kRankForWide = 96, kSmallForWide = 2048, kLongForWide = 8192;
-
-std::size_t choose_block(const Kernels& kernels, const Weight& weight, std::size_t rank) {
-  const bool waits = uses_bf16(kernels, weight) && kernels.bf16->tiled != nullptr;
-  return waits && rank >= kRankForWide && std::min(weight.rows, weight.cols) >= kSmallForWide &&
-                 weight.cols <= kLongForWide
-             ? kWide
-             : kNarrow;
 }
 
 // Share of the energy that a basis in bf16 loses by its rounding, at most, where the spectrum has a gap.
@@ -184,14 +173,14 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   const std::size_t count = rounded ? round_up(rank, 16) + kSpare : rank;
   auto start = Clock::now();
   std::optional<RangeFinder<Element>> finder;
-  finder.emplace(kernels, pool, weight, schedule.block, schedule.max_passes, request.key);
+  finder.emplace(kernels, pool, weight, kBlock, schedule.max_passes, request.key);
   const auto start_over = [&] {
     finder.reset();
     return factor_by_krylov<float>(kernels, pool, request, schedule, true, result);
   };
   if (finder->out_of_range()) return start_over();
   result.sweep_seconds += seconds_since(start);
-  result.block = schedule.block;
+  result.block = kBlock;
   if (finder->zero()) {
     Factors none;
     none.stride = rank;
@@ -212,7 +201,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     finder->advance_to(next, last);
     result.sweep_seconds += seconds_since(start);
     start = Clock::now();
-    ritz = rayleigh_ritz(pool, finder->gram(exact), basis.columns(), rank, count, schedule.block, exact);
+    ritz = rayleigh_ritz(pool, finder->gram(exact), basis.columns(), rank, count, kBlock, exact);
     if (basis.exhausted) ritz.estimated_deficit = 0;
     result.ritz_seconds += seconds_since(start);
     // A few directions far above all others, or a W of low rank: the others drown in the rounding of what is computed
@@ -257,7 +246,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
 
 Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, SplitResult& result) {
   const Weight& weight = request.weight;
-  const Schedule schedule(weight, request.rank, request.passes, choose_block(kernels, weight, request.rank));
+  const Schedule schedule(weight, request.rank, request.passes);
   if (!schedule.exact) {
     return uses_bf16(kernels, weight)
                ? factor_by_krylov<std::uint16_t>(kernels, pool, request, schedule, false, result)
@@ -273,15 +262,12 @@ Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
 
 std::size_t factorize_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads) {
   const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
-  std::size_t most = 0;
-  for (const std::size_t block : {kNarrow, kWide}) {
-    const Schedule schedule(weight, rank, passes, block);
-    const std::size_t columns = block * schedule.max_passes;
-    most = std::max(most, schedule.exact
-                              ? sizeof(double) * (2 * small * small + small * (kExactPiece + rank) + large * rank)
-                              : RangeFinder<float>::workspace_bytes(weight, block, schedule.max_passes, threads) +
-                                    sizeof(double) * 6 * columns * columns);
-  }
+  const Schedule schedule(weight, rank, passes);
+  const std::size_t columns = kBlock * schedule.max_passes;
+  const std::size_t most = schedule.exact
+                               ? sizeof(double) * (2 * small * small + small * (kExactPiece + rank) + large * rank)
+                               : RangeFinder<float>::workspace_bytes(weight, kBlock, schedule.max_passes, threads) +
+                                     sizeof(double) * 6 * columns * columns;
   return std::max(most, projection_workspace_bytes(weight, round_up(rank, 16) + kSpare, threads));
 }
 

@@ -16,12 +16,13 @@ constexpr std::size_t kStripsPerPiece = 8;
 constexpr std::size_t kMaxProduct = 32 * kStripsPerPiece * 32;  // of a tile's rows with a piece's columns
 constexpr std::size_t kMaxColumns = 64 * kStripsPerPiece;       // of a piece
 
-template <class Element, class Value>
-Element convert(Value value) {
+// A row of a factor as operands, each times `folded`: for bf16, which they fit exactly, one.
+template <class Element>
+void convert(const Kernels& kernels, const float* src, double folded, Element* dst, std::size_t count) {
   if constexpr (kIsBf16<Element>) {
-    return float_to_bf16(static_cast<float>(value));  // exact: see subtract_product
+    kernels.bf16->narrow(src, dst, count);
   } else {
-    return static_cast<Element>(value);
+    for (std::size_t i = 0; i < count; ++i) dst[i] = static_cast<Element>(folded * static_cast<double>(src[i]));
   }
 }
 
@@ -31,18 +32,18 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
                             const float* left, const float* right, std::size_t rank, double scaling, float norm_scale) {
   const std::size_t depth = tile.depth;
   const std::size_t strip = tile.vectors * tile.width, strips = (weight.cols + strip - 1) / strip;
-  const std::size_t steps = (rank + depth - 1) / depth;
+  const std::size_t steps = round_up((rank + depth - 1) / depth, tile.steps);
   Buffer<Element> packed(pool.scratch(), strips * steps * depth * strip);  // [strip][step][column][depth]
   pool.run(strips, [&](std::size_t s) {
     const std::size_t columns = std::min(strip, weight.cols - s * strip);
     Element* out = packed.data() + s * steps * depth * strip;
     std::fill(out, out + steps * depth * strip, Element{0});
+    Buffer<Element> rows(pool.scratch(), depth > 1 ? rank * strip : 0);
+    std::fill(rows.begin(), rows.end(), Element{0});
     for (std::size_t t = 0; t < rank; ++t) {
-      for (std::size_t lane = 0; lane < columns; ++lane) {
-        out[(t / depth * strip + lane) * depth + t % depth] =
-            convert<Element>(right[t * weight.cols + s * strip + lane]);
-      }
+      convert(kernels, right + t * weight.cols + s * strip, 1.0, (depth > 1 ? rows.data() : out) + t * strip, columns);
     }
+    if constexpr (kIsBf16<Element>) pack(kernels, rows.data(), strip, rank, strip, out);
   });
   // Operands of a bf16 product are exact as they are; the others can take the scaling with them.
   const double folded = kIsBf16<Element> ? 1.0 : scaling;
@@ -56,11 +57,18 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
     Buffer<Element> a(pool.scratch(), (end - begin) * steps * depth);
     std::fill(a.begin(), a.end(), Element{0});
     for (std::size_t i = begin; i < end; ++i) {
-      for (std::size_t t = 0; t < rank; ++t) {
-        a[(i - begin) * steps * depth + t] = convert<Element>(folded * static_cast<double>(left[i * rank + t]));
+      convert(kernels, left + i * rank, folded, a.data() + (i - begin) * steps * depth, rank);
+    }
+    std::size_t done = 0;  // strips
+    if constexpr (kIsBf16<Element>) {
+      if (kernels.bf16->subtract_product != nullptr && (end - begin) % tile.rows == 0) {
+        done = weight.cols / strip;
+        kernels.bf16->subtract_product(static_cast<std::uint16_t*>(weight.data) + begin * weight.cols, weight.cols,
+                                       end - begin, done, a.data(), packed.data(), steps, static_cast<float>(scaling),
+                                       norm_scale, norms[task]);
       }
     }
-    for (std::size_t s = 0; s < strips; s += kStripsPerPiece) {
+    for (std::size_t s = done; s < strips; s += kStripsPerPiece) {
       const std::size_t piece = std::min(kStripsPerPiece, strips - s);
       const std::size_t first = s * strip;
       const std::size_t columns = std::min(piece * strip, weight.cols - first);
@@ -124,7 +132,7 @@ ResidualNorms subtract_product(const Kernels& kernels, ThreadPool& pool, const W
 
 std::size_t residual_workspace_bytes(const Weight& weight, std::size_t rank) {
   const std::size_t element = weight.dtype == DType::f32 ? sizeof(double) : sizeof(float);
-  return (weight.cols + 64) * rank * element;
+  return (weight.cols + 64) * round_up(rank, 32) * element;
 }
 
 float max_magnitude(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {

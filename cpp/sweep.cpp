@@ -9,8 +9,8 @@
 namespace pissa {
 namespace {
 
-// A block of rows stays in a core's second-level cache between its two products.
-constexpr std::size_t kBlockBytes = 512u << 10;
+// A block of rows stays in a core's second-level cache between its two products, beside the X and Z of so many columns.
+constexpr std::size_t kBesideColumns = 16;
 constexpr std::size_t kMinBlockRows = 32, kMaxBlockRows = 128;
 // Rows whose part of Z is summed by one task: many blocks, so that adding up the parts is little work.
 constexpr std::size_t kLaneRows = 512;
@@ -23,8 +23,10 @@ std::size_t min_lanes(const Weight& weight) {
   return std::clamp<std::size_t>(weight.rows * weight.cols / kLaneElements, 1, kLanes);
 }
 
-std::size_t choose_block_rows(const Weight& weight, std::size_t element_bytes) {
-  const std::size_t fitting = kBlockBytes / std::max<std::size_t>(1, weight.cols * element_bytes);
+std::size_t choose_block_rows(std::size_t cache, const Weight& weight, std::size_t element_bytes) {
+  const std::size_t beside = weight.cols * kBesideColumns * (element_bytes + sizeof(float));
+  const std::size_t left = cache - std::min(cache, cache / 4 + beside);
+  const std::size_t fitting = left / std::max<std::size_t>(1, weight.cols * element_bytes);
   const std::size_t rows = std::clamp(fitting / 32 * 32, kMinBlockRows, kMaxBlockRows);
   return std::min(rows, round_up(std::max<std::size_t>(weight.rows / min_lanes(weight), 1), kMinBlockRows));
 }
@@ -34,20 +36,6 @@ std::size_t choose_lane_rows(const Weight& weight, std::size_t block_rows) {
   const std::size_t rows = std::min((weight.rows + lanes - 1) / lanes, kLaneRows);
   return round_up(std::max<std::size_t>(rows, 1), block_rows);
 }
-
-constexpr std::size_t kPanel = 16;        // rows of tiles
-constexpr std::size_t kTileColumns = 32;  // of which there is an even number
-
-// What stays in a core's second-level cache from pass to pass is multiplied as it lies.
-constexpr std::size_t kCachedBytes = 2u << 20;
-
-template <class Element>
-const TiledKernels* tiled_for(const Kernels& kernels, const Weight& weight) {
-  const bool cached = weight.dtype == DType::bf16 && weight.rows * weight.cols * sizeof(Element) <= kCachedBytes;
-  return kIsBf16<Element> && !cached ? kernels.bf16->tiled : nullptr;
-}
-
-std::size_t panels(std::size_t rows) { return (rows + kPanel - 1) / kPanel; }
 
 }  // namespace
 
@@ -69,20 +57,18 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
       pool_(pool),
       weight_(weight),
       tile_(tile_for<Element>(kernels)),
-      block_rows_(choose_block_rows(weight, sizeof(Element))),
+      block_rows_(choose_block_rows(kernels.cache, weight, sizeof(Element))),
       lane_rows_(choose_lane_rows(weight, block_rows_)),
-      tiled_(tiled_for<Element>(kernels, weight)),
-      steps_((tiled_ != nullptr ? round_up(weight.cols, 2 * kTileColumns) : weight.cols + tile_.depth - 1) /
-             tile_.depth),
-      direct_(tiled_ == nullptr && (kIsBf16<Element> ? weight.dtype == DType::bf16 : weight.dtype == DType::f32) &&
+      steps_((weight.cols + tile_.depth - 1) / tile_.depth),
+      direct_((kIsBf16<Element> ? weight.dtype == DType::bf16 : weight.dtype == DType::f32) &&
               weight.cols % tile_.wide == 0),
-      row_stride_(direct_ ? weight.cols : round_up(weight.cols, 2 * kTileColumns) + (tiled_ != nullptr ? 0 : 32)),
-      part_stride_(round_up(weight.cols, 2 * kTileColumns) + 16),  // no power of two: see transposed_tile
+      row_stride_(direct_ ? weight.cols : round_up(weight.cols, tile_.wide) + 32),
+      part_stride_(round_up(weight.cols, tile_.wide) + 16),  // no power of two: see transposed_tile
       packed_x_(pool.scratch(), steps_ * tile_.depth * max_block) {}
 
 template <class Element>
 std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t max_block, unsigned threads) {
-  const std::size_t rows = choose_block_rows(weight, sizeof(Element));
+  const std::size_t rows = choose_block_rows(kLargestCache, weight, sizeof(Element));
   const std::size_t lane =
       sizeof(Element) * rows * (weight.cols + 96 + max_block) + sizeof(float) * (rows + weight.cols + 80) * max_block;
   return sizeof(Element) * (weight.cols + 64) * max_block + threads * lane;
@@ -170,15 +156,6 @@ template <class Element>
 void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
   add_up(k, 1.0f, z, k, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
-    if (tiled_ != nullptr) {
-      std::fill(lane.packed_y.begin(), lane.packed_y.end(), Element{0});
-      for (std::size_t i = 0; i < count; ++i) {
-        lane.packed_y[(i / 2 * k + (begin + i) % k) * 2 + i % 2] = to_element<Element>(signs[begin + i]);
-      }
-      tiled_->add_transposed(lane.packed_y.data(), k, lane.rows, panels(count), row_stride_ / kTileColumns, part,
-                             part_stride_);
-      return;
-    }
     for (std::size_t c = 0; c < k; ++c) {
       const std::size_t first = (c + k - begin % k) % k;  // row of the block that column c sums, as every k-th after it
       if (first >= count) continue;
@@ -202,8 +179,6 @@ void Sweep<Element>::load_rows(std::size_t begin, std::size_t count, Lane& lane)
     return;
   }
   lane.rows = lane.converted.data();
-  if (tiled_ != nullptr)
-    return tiled_->cut(data, weight_.dtype, weight_scale_, count, weight_.cols, lane.converted.data());
   for (std::size_t i = 0; i < count; ++i) {
     Element* out = lane.converted.data() + i * row_stride_;
     if constexpr (kIsBf16<Element>) {
@@ -245,13 +220,8 @@ void Sweep<Element>::multiply_rows(std::size_t begin, std::size_t count, std::si
                                    std::size_t y_stride) const {
   const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
-  for (std::size_t group = 0; tiled_ != nullptr && group < groups.count; ++group) {
-    const Element* b = packed_x_.data() + groups.begin(group) * steps_ * depth;
-    tiled_->multiply(lane.rows, panels(count), row_stride_ / kTileColumns, b, groups.vectors_of(group),
-                     lane.sums.data() + groups.begin(group), k);
-  }
   const std::size_t piece = std::max<std::size_t>(16, kXBytes / (k * depth * sizeof(Element)));
-  for (std::size_t at = 0; tiled_ == nullptr && at < steps_; at += piece) {
+  for (std::size_t at = 0; at < steps_; at += piece) {
     const std::size_t steps = std::min(piece, steps_ - at);
     for (std::size_t group = 0; group < groups.count; ++group) {
       const Element* b = packed_x_.data() + (groups.begin(group) * steps_ + at * groups.size(group)) * depth;
@@ -269,13 +239,6 @@ template <class Element>
 void Sweep<Element>::multiply_columns(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, const Element* y,
                                       std::size_t y_stride, float* part) const {
   pack(kernels_, y + begin * y_stride, y_stride, count, k, lane.packed_y.data());
-  if (tiled_ != nullptr) {
-    std::fill(lane.packed_y.begin() + round_up(count, 2) * k, lane.packed_y.begin() + round_up(count, kPanel) * k,
-              Element{0});
-    tiled_->add_transposed(lane.packed_y.data(), k, lane.rows, panels(count), row_stride_ / kTileColumns, part,
-                           part_stride_);
-    return;
-  }
   tile_.add_transposed(lane.packed_y.data(), k, lane.rows, row_stride_, count, round_up(weight_.cols, tile_.wide), part,
                        part_stride_);
 }

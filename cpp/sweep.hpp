@@ -65,9 +65,8 @@ class Sweep {
   const Tile& tile_;
   std::size_t block_rows_;
   std::size_t lane_rows_;
-  const TiledKernels* tiled_;  // null where rows are multiplied as they lie
-  std::size_t steps_;          // of a row's dot product
-  bool direct_;                // the weight's rows are elements as they lie
+  std::size_t steps_;  // of a row's dot product
+  bool direct_;        // the weight's rows are elements as they lie
   std::size_t row_stride_;
   std::size_t part_stride_;   // of the transposed parts of Z
   Buffer<Element> packed_x_;  // [group][step][column of the group][depth]

@@ -11,8 +11,7 @@ constexpr std::size_t kSide = 16;                // rows of a tile, and 32-bit c
 constexpr std::size_t kTileBytes = 64;           // of a row
 constexpr std::size_t kPairs = 2;                // bf16 in 32 bits
 constexpr std::size_t kVector = kSide * kPairs;  // bf16 in a tile's row
-constexpr std::size_t kTile = kSide * kVector;
-constexpr std::size_t kRegisters = 4;  // of sums at most; two more are for A and two for B
+constexpr std::size_t kRegisters = 4;            // of sums at most; two more are for A and two for B
 
 constexpr Tile kVectorTile = make_tile<Bf16Pair16, 8, 2, 12>();  // for what does not fill tiles
 
@@ -50,25 +49,13 @@ class WholeTiles {
   WholeTiles& operator=(const WholeTiles&) = delete;
 };
 
-// Tiles of 16 rows and 32 columns of bf16, and how far apart they and their rows lie.
-struct Operand {
-  const std::uint16_t* begin;
-  std::size_t row, panel, step;
-  const std::uint16_t* tile(std::size_t i, std::size_t j) const { return begin + i * panel + j * step; }
-  Operand below(std::size_t panels) const { return {begin + panels * panel, row, panel, step}; }
-};
-
-Operand rows_as_they_lie(const std::uint16_t* a, std::size_t a_row) { return {a, a_row, kSide * a_row, kVector}; }
-
-// See TiledKernels.
-Operand cut_rows(const std::uint16_t* w, std::size_t tiles) { return {w, kVector, tiles * kTile, kTile}; }
-
 // Rows × Vectors tiles of C. The sums of tile (i, v) are in register i·Vectors + v, A's rows in 4 and 5, B's in 6
 // and 7.
 template <std::size_t Rows, std::size_t Vectors, bool Adds>
 struct Block {
   static_assert(Rows * Vectors <= kRegisters && Vectors <= 2);
-  Operand a;
+  const std::uint16_t* a;
+  std::size_t a_row;
   const std::uint16_t* b;
   std::size_t b_step;
   float* c;
@@ -96,7 +83,7 @@ struct Block {
   void add(std::size_t step, const std::uint16_t* right) const {
     constexpr std::size_t kRow = Index / Vectors, kColumn = Index % Vectors;
     constexpr int kA = 4 + kRow % 2, kB = 6 + kColumn % 2;
-    if constexpr (kColumn == 0) load<kA>(a.tile(kRow, step), a.row * sizeof *right);
+    if constexpr (kColumn == 0) load<kA>(a + kRow * kSide * a_row + step * kVector, a_row * sizeof *right);
     if constexpr (kRow == 0) load<kB>(right + kColumn * kSide * kPairs, b_step * sizeof *right);
     multiply_add<Index, kA, kB>();
   }
@@ -104,16 +91,20 @@ struct Block {
 
 // Columns [0, 16·Vectors) of all panels of 16 rows.
 template <std::size_t Vectors, bool Adds>
-void multiply_columns(Operand a, const std::uint16_t* b, std::size_t b_step, std::size_t steps, float* c,
-                      std::size_t c_row, std::size_t panels) {
+void multiply_columns(const std::uint16_t* a, std::size_t a_row, const std::uint16_t* b, std::size_t b_step,
+                      std::size_t steps, float* c, std::size_t c_row, std::size_t panels) {
   constexpr std::size_t kRows = kRegisters / Vectors;
   std::size_t i = 0;
-  for (; i + kRows <= panels; i += kRows) {
-    Block<kRows, Vectors, Adds>{a.below(i), b, b_step, c + i * kSide * c_row, c_row}.multiply(steps);
-  }
-  for (; i < panels; ++i) {
-    Block<1, Vectors, Adds>{a.below(i), b, b_step, c + i * kSide * c_row, c_row}.multiply(steps);
-  }
+  const auto multiply = [&](auto rows) {
+    constexpr std::size_t kCount = decltype(rows)::value;
+    for (; i + kCount <= panels; i += kCount) {
+      Block<kCount, Vectors, Adds>{a + i * kSide * a_row, a_row, b, b_step, c + i * kSide * c_row, c_row}.multiply(
+          steps);
+    }
+  };
+  multiply(std::integral_constant<std::size_t, kRows>());
+  if constexpr (kRows > 2) multiply(std::integral_constant<std::size_t, 2>());
+  multiply(std::integral_constant<std::size_t, 1>());
 }
 
 template <bool Adds>
@@ -127,8 +118,8 @@ void multiply_strip(const void* a_begin, std::size_t a_row, std::size_t a_step, 
   const std::size_t tiled_steps = tiled_rows > 0 ? steps / kSide * kSide : 0;
   if (tiled_rows > 0) {
     const WholeTiles tiles;
-    (vectors == 1 ? multiply_columns<1, Adds> : multiply_columns<2, Adds>)(rows_as_they_lie(a, a_row), b, b_step,
-                                                                           tiled_steps, c, c_row, tiled_rows / kSide);
+    (vectors == 1 ? multiply_columns<1, Adds> : multiply_columns<2, Adds>)(a, a_row, b, b_step, tiled_steps, c, c_row,
+                                                                           tiled_rows / kSide);
   }
   if (tiled_rows > 0 && tiled_steps < steps) {
     kVectorTile.accumulate(a + tiled_steps * a_step, a_row, a_step, b + tiled_steps * b_step, steps - tiled_steps, c,
@@ -173,7 +164,8 @@ void add_interleaved(const float (*sums)[kSide][kSide], float* c, std::size_t c_
 // 16 rows of C and 32 columns, or twice that. B's rows are read as they are: what the instruction takes for a pair are
 // neighbours in a row, and as A's values come with a zero beside them, only one of the two is multiplied.
 template <std::size_t Pairs>
-void add_tiles(const Spread* a, std::size_t panels, Operand b, float* c, std::size_t c_row) {
+void add_tiles(const Spread* a, std::size_t panels, const std::uint16_t* b, std::size_t b_row, float* c,
+               std::size_t c_row) {
   clear<0>();
   clear<1>();
   if constexpr (Pairs == 2) {
@@ -183,11 +175,11 @@ void add_tiles(const Spread* a, std::size_t panels, Operand b, float* c, std::si
   for (std::size_t i = 0; i < panels; ++i) {
     load<4>(a[i].low, kTileBytes);
     load<5>(a[i].high, kTileBytes);
-    load<6>(b.tile(i, 0), b.row * sizeof *b.begin);
+    load<6>(b + i * kSide * b_row, b_row * sizeof *b);
     multiply_add<0, 4, 6>();
     multiply_add<1, 5, 6>();
     if constexpr (Pairs == 2) {
-      load<7>(b.tile(i, 1), b.row * sizeof *b.begin);
+      load<7>(b + i * kSide * b_row + kVector, b_row * sizeof *b);
       multiply_add<2, 4, 7>();
       multiply_add<3, 5, 7>();
     }
@@ -215,9 +207,11 @@ void add_transposed(const void* a_begin, std::size_t k, const void* b_begin, std
       const std::size_t tiles = std::min(kMaxTransposedTiles, (tiled_rows - at) / kSide);
       for (std::size_t i = 0; i < k; i += kSide) {
         for (std::size_t t = 0; t < tiles; ++t) spread(a + (at + t * kSide) * k + i * kPairs, k, spreads[t]);
-        for (std::size_t j = 0; j < columns; j += kVector) {
-          add_tiles<1>(spreads, tiles, rows_as_they_lie(b + at * b_row + j, b_row), c + i * c_row + j, c_row);
+        std::size_t j = 0;
+        for (; j + 2 * kVector <= columns; j += 2 * kVector) {
+          add_tiles<2>(spreads, tiles, b + at * b_row + j, b_row, c + i * c_row + j, c_row);
         }
+        if (j < columns) add_tiles<1>(spreads, tiles, b + at * b_row + j, b_row, c + i * c_row + j, c_row);
       }
     }
   }
@@ -227,89 +221,48 @@ void add_transposed(const void* a_begin, std::size_t k, const void* b_begin, std
   }
 }
 
-template <class Stored, class Round>
-void cut_values(const Stored* src, std::size_t rows, std::size_t cols, std::uint16_t* dst, const Round& round) {
-  const std::size_t tiles = (cols + 2 * kVector - 1) / (2 * kVector) * 2, whole = cols / kVector;
-  for (std::size_t i = 0; i < rows; ++i, src += cols) {
-    std::uint16_t* out = dst + i / kSide * tiles * kTile + i % kSide * kVector;
-    for (std::size_t t = 0; t < whole; ++t) {
-      for (std::size_t byte = 0; byte < kVector * sizeof(Stored); byte += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(src + t * kVector) + byte + kFetchAhead, _MM_HINT_T0);
-      }
-      _mm512_store_si512(out + t * kTile, round(src + t * kVector, ~std::uint32_t{0}));
-    }
-    if (whole < tiles) {
-      const auto rest = static_cast<std::uint32_t>((std::uint64_t{1} << (cols % kVector)) - 1);
-      _mm512_store_si512(out + whole * kTile, round(src + whole * kVector, rest));
-    }
-    for (std::size_t t = whole + 1; t < tiles; ++t) _mm512_store_si512(out + t * kTile, _mm512_setzero_si512());
-  }
-  for (std::size_t i = rows; i % kSide != 0; ++i) {
-    std::uint16_t* out = dst + i / kSide * tiles * kTile + i % kSide * kVector;
-    for (std::size_t t = 0; t < tiles; ++t) _mm512_store_si512(out + t * kTile, _mm512_setzero_si512());
-  }
-}
+// W's lines arrive while strips before them are worked on.
+constexpr std::size_t kStripsAhead = 8;
 
-__m512i as_bf16(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
-
-void cut(const void* src, DType dtype, float scale, std::size_t rows, std::size_t cols, void* out) {
-  const auto* halves = static_cast<const std::uint16_t*>(src);
-  auto* dst = static_cast<std::uint16_t*>(out);
-  const __m512 factor = _mm512_set1_ps(scale);
-  if (dtype == DType::f32) {
-    cut_values(static_cast<const float*>(src), rows, cols, dst, [&](const float* p, std::uint32_t lanes) {
-      return as_bf16(_mm512_mul_ps(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), p), factor),
-                     _mm512_mul_ps(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> 16), p + 16), factor));
-    });
-  } else if (dtype == DType::f16) {
-    cut_values(halves, rows, cols, dst, [&](const std::uint16_t* p, std::uint32_t lanes) {
-      return as_bf16(_mm512_mul_ps(load_half(p, DType::f16, static_cast<__mmask16>(lanes)), factor),
-                     _mm512_mul_ps(load_half(p + 16, DType::f16, static_cast<__mmask16>(lanes >> 16)), factor));
-    });
-  } else {
-    cut_values(halves, rows, cols, dst,
-               [](const std::uint16_t* p, std::uint32_t lanes) { return _mm512_maskz_loadu_epi16(lanes, p); });
-  }
-}
-
-void multiply_cut(const void* w, std::size_t panels, std::size_t tiles, const void* b, std::size_t vectors, float* c,
-                  std::size_t c_row) {
+void subtract_product(std::uint16_t* w, std::size_t stride, std::size_t rows, std::size_t strips,
+                      const std::uint16_t* a, const std::uint16_t* b, std::size_t steps, float scaling,
+                      float norm_scale, TileNorms& norms) {
+  constexpr std::size_t kSquare = 2 * kSide;
+  const __m512 factor = _mm512_set1_ps(scaling), scale = _mm512_set1_ps(norm_scale);
+  const std::size_t a_row = steps * kPairs;
+  Squares squares;
   const WholeTiles whole;
-  const auto multiply = vectors == 1 ? multiply_columns<1, false> : multiply_columns<2, false>;
-  multiply(cut_rows(static_cast<const std::uint16_t*>(w), tiles), static_cast<const std::uint16_t*>(b),
-           vectors * kSide * kPairs, tiles * kSide, c, c_row, panels);
-}
-
-void add_transposed_cut(const void* a_begin, std::size_t k, const void* w_begin, std::size_t panels, std::size_t tiles,
-                        float* c, std::size_t c_row) {
-  const auto* a = static_cast<const std::uint16_t*>(a_begin);
-  const auto* w = static_cast<const std::uint16_t*>(w_begin);
-  const WholeTiles whole;
-  Spread spreads[kMaxTransposedTiles];
-  for (std::size_t at = 0; at < panels; at += kMaxTransposedTiles) {
-    const std::size_t count = std::min(kMaxTransposedTiles, panels - at);
-    for (std::size_t i = 0; i < k; i += kSide) {
-      for (std::size_t t = 0; t < count; ++t) spread(a + (at + t) * kSide * k + i * kPairs, k, spreads[t]);
-      for (std::size_t t = 0; t < tiles; t += 2) {
-        add_tiles<2>(spreads, count, cut_rows(w + (at * tiles + t) * kTile, tiles), c + i * c_row + t * kVector, c_row);
+  for (std::size_t s = 0; s < strips; ++s, w += kSquare, b += steps * kSquare * kPairs) {
+    for (std::size_t i = 0; i < rows; i += kSquare) {
+      alignas(kTileBytes) float product[kSquare][kSquare];
+      Block<2, 2, false>{a + i * a_row, a_row, b, kSquare * kPairs, product[0], kSquare}.multiply(steps);
+      for (std::size_t row = 0; row < kSquare; ++row) {
+        std::uint16_t* place = w + (i + row) * stride;
+        _mm_prefetch(reinterpret_cast<const char*>(place + kStripsAhead * kSquare), _MM_HINT_T0);
+        subtract_32(place, product[row], factor, scale, squares);
       }
     }
   }
+  squares.add_to(norms);
 }
-
-constexpr TiledKernels kTiled = {cut, multiply_cut, add_transposed_cut};
 
 constexpr Bf16Kernels kBf16 = {
-    {kPairs, kSide, 2 * kSide, 2, multiply_strip<false>, multiply_strip<true>, kVector, add_transposed},
-    &kTiled,
+    {kPairs, kSide, 2 * kSide, 2, kSide, multiply_strip<false>, multiply_strip<true>, kVector, add_transposed},
     narrow,
     round_weight,
-    pack_pairs};
+    pack_pairs,
+    subtract_product};
 
 }  // namespace
 
-const Kernels kAmxBf16 = {
-    "amxbf16", make_tile<Float16, 8, 3, 12>(), make_tile<Double8, 8, 3, 12>(), &kBf16, widen, subtract, max_magnitude,
-    quantise};
+const Kernels kAmxBf16 = {"amxbf16",
+                          kLargestCache,
+                          make_tile<Float16, 8, 3, 12>(),
+                          make_tile<Double8, 8, 3, 12>(),
+                          &kBf16,
+                          widen,
+                          subtract_bf16,
+                          max_magnitude,
+                          quantise};
 
 }  // namespace pissa

@@ -119,7 +119,7 @@ bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode
 }  // namespace
 
 const Kernels kAvx2 = {
-    "avx2",  make_tile<Float8, 4, 3, 6>(), make_tile<Double4, 4, 3, 6>(), nullptr, widen, subtract, max_magnitude,
-    quantise};
+    "avx2",        512u << 10, make_tile<Float8, 4, 3, 6>(), make_tile<Double4, 4, 3, 6>(), nullptr, widen, subtract,
+    max_magnitude, quantise};
 
 }  // namespace pissa

@@ -4,16 +4,17 @@
 namespace pissa {
 namespace {
 
-constexpr Bf16Kernels kBf16 = {make_tile<Bf16Pair16, 8, 3, 12>(), nullptr, narrow, round_weight, pack_pairs};
+constexpr Bf16Kernels kBf16 = {make_tile<Bf16Pair16, 8, 3, 12>(), narrow, round_weight, pack_pairs, nullptr};
 
 }  // namespace
 
 const Kernels kAvx512Bf16 = {"avx512bf16",
+                             1u << 20,
                              make_tile<Float16, 8, 3, 12>(),
                              make_tile<Double8, 8, 3, 12>(),
                              &kBf16,
                              widen,
-                             subtract,
+                             subtract_bf16,
                              max_magnitude,
                              quantise};
 

@@ -70,6 +70,53 @@ void narrow(const float* src, std::uint16_t* dst, std::size_t count) {
   }
 }
 
+// Sums of squares of W and of what rounding adds: two each, as one would wait for itself.
+struct Squares {
+  __m512 weight[2] = {}, error[2] = {};
+  void add_to(TileNorms& norms) const {
+    norms.weight += static_cast<double>(_mm512_reduce_add_ps(_mm512_add_ps(weight[0], weight[1])));
+    norms.error += static_cast<double>(_mm512_reduce_add_ps(_mm512_add_ps(error[0], error[1])));
+  }
+};
+
+// w[j] ← round(w[j] - scaling·product[j]) for 32 values, with the instruction for it, but where it would flush a
+// denormal.
+inline void subtract_32(std::uint16_t* w, const float* product, __m512 scaling, __m512 scale, Squares& squares) {
+  constexpr int kDenormal = 0x20;
+  const auto load = [](const std::uint16_t* p) { return load_half(p, DType::bf16, first_lanes(16)); };
+  __m512 before[2], exact[2];
+  for (std::size_t half = 0; half < 2; ++half) {
+    before[half] = load(w + 16 * half);
+    exact[half] = _mm512_fnmadd_ps(scaling, _mm512_loadu_ps(product + 16 * half), before[half]);
+  }
+  if ((_mm512_fpclass_ps_mask(exact[0], kDenormal) | _mm512_fpclass_ps_mask(exact[1], kDenormal)) != 0) {
+    for (std::size_t half = 0; half < 2; ++half) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + 16 * half), round_half(exact[half], DType::bf16));
+    }
+  } else {
+    _mm512_storeu_si512(w, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(exact[1], exact[0])));
+  }
+  for (std::size_t half = 0; half < 2; ++half) {
+    const __m512 scaled = _mm512_mul_ps(before[half], scale);
+    const __m512 rounding = _mm512_mul_ps(_mm512_sub_ps(load(w + 16 * half), exact[half]), scale);
+    squares.weight[half] = _mm512_fmadd_ps(scaled, scaled, squares.weight[half]);
+    squares.error[half] = _mm512_fmadd_ps(rounding, rounding, squares.error[half]);
+  }
+}
+
+void subtract_bf16(void* weight, DType dtype, const void* product, std::size_t count, float scale, TileNorms& norms) {
+  auto* w = static_cast<std::uint16_t*>(weight);
+  const std::size_t done = dtype == DType::bf16 ? count / 32 * 32 : 0;
+  Squares squares;
+  for (std::size_t j = 0; j < done; j += 32) {
+    subtract_32(w + j, static_cast<const float*>(product) + j, _mm512_set1_ps(1), _mm512_set1_ps(scale), squares);
+  }
+  squares.add_to(norms);
+  if (done == count) return;
+  if (dtype == DType::f32) return subtract(weight, dtype, product, count, scale, norms);
+  subtract_half(w + done, dtype, static_cast<const float*>(product) + done, count - done, scale, norms);
+}
+
 // Rows are converted as they come from memory, faster than the CPU would fetch them by itself.
 constexpr std::size_t kFetchAhead = 4096;  // bytes
 

@@ -34,6 +34,7 @@ struct Tile {
   std::size_t width;    // columns per vector
   std::size_t rows;     // of a tile; strips may have any number
   std::size_t vectors;  // at most
+  std::size_t steps;    // fewer take as long: a multiple, padded with zeros, is fastest
   StripFunction assign;
   StripFunction accumulate;
   std::size_t wide;  // add_transposed's columns of B and C come in multiples of it
@@ -46,24 +47,9 @@ struct TileNorms {
   double error = 0;
 };
 
-// For instruction sets with registers of whole tiles: a weight's rows are first cut into tiles of 16 × 32 bf16 that lie
-// in one piece, panels of 16 rows after each other, padded with zeros to a whole panel and an even number of tiles.
-struct TiledKernels {
-  // dst = `rows` × `cols` values, of a row-major weight `cols` wide, times `scale`, rounded to bf16; denormals may
-  // become zero. bf16 itself is not scaled.
-  void (*cut)(const void* src, DType dtype, float scale, std::size_t rows, std::size_t cols, void* dst);
-  // c (16·panels × 16·vectors, rows c_row apart) = W·B; B is packed as for `Tile`, with zeros past the last row.
-  void (*multiply)(const void* w, std::size_t panels, std::size_t tiles, const void* b, std::size_t vectors, float* c,
-                   std::size_t c_row);
-  // c (k × 32·tiles, rows c_row apart) += Aᵀ·W; A is packed as for `Tile`, with zeros past the last row.
-  void (*add_transposed)(const void* a, std::size_t k, const void* w, std::size_t panels, std::size_t tiles, float* c,
-                         std::size_t c_row);
-};
-
 // For instruction sets that multiply pairs of bf16.
 struct Bf16Kernels {
   Tile tile;
-  const TiledKernels* tiled;  // null where there is none: rows are multiplied as they lie
   // dst[i] = src[i] as bf16, to nearest even.
   void (*narrow)(const float* src, std::uint16_t* dst, std::size_t count);
   // The same of a weight's values times `scale`; denormals may become zero. bf16 itself is not scaled.
@@ -71,10 +57,18 @@ struct Bf16Kernels {
   // [rows][columns] with row stride → [(rows+1)/2][columns][2], zero past the last row. `columns` is a multiple of 16.
   void (*pack_pairs)(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns,
                      std::uint16_t* dst);
+  // w (a multiple of the tile's rows × strips·vectors·width, its rows `stride` apart) ← round(w − scaling·A·B), strip
+  // by strip; adds to the norms. A and B are packed as for `tile.assign`. Null where it would be no faster in one.
+  void (*subtract_product)(std::uint16_t* w, std::size_t stride, std::size_t rows, std::size_t strips,
+                           const std::uint16_t* a, const std::uint16_t* b, std::size_t steps, float scaling,
+                           float norm_scale, TileNorms& norms);
 };
+
+constexpr std::size_t kLargestCache = 2u << 20;  // of any table
 
 struct Kernels {
   const char* name;
+  std::size_t cache;  // bytes of a core's second-level cache on CPUs with these instructions, at least
   Tile tile_f32;
   Tile tile_f64;
   const Bf16Kernels* bf16;  // null where there is none: 2-byte weights are then widened to float

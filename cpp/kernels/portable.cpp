@@ -72,6 +72,7 @@ bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode
 }  // namespace
 
 const Kernels kPortable = {"portable",
+                           512u << 10,
                            make_tile<Plain<float>, 2, 2, 2>(),
                            make_tile<Plain<double>, 2, 2, 2>(),
                            nullptr,

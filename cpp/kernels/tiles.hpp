@@ -187,6 +187,7 @@ constexpr Tile make_tile() {
           Op::kWidth,
           Rows,
           Vectors,
+          1,
           multiply_strip<Op, Rows, Vectors, false>,
           multiply_strip<Op, Rows, Vectors, true>,
           2 * Op::kWidth,
