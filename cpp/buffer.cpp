@@ -13,6 +13,9 @@ namespace {
 
 constexpr std::size_t kHugePage = 2u << 20;
 constexpr std::size_t kGrain = 4096;
+// From here on in huge pages, however much of the last is wasted: scattered small ones may share a few lines of the
+// cache, and what should stay there does not.
+constexpr std::size_t kLarge = kHugePage / 8 * 3;
 
 void* allocate(std::size_t bytes) {
   void* memory = std::aligned_alloc(bytes % kHugePage == 0 ? kHugePage : kGrain, bytes);
@@ -27,9 +30,13 @@ void* allocate(std::size_t bytes) {
 
 Scratch::~Scratch() { release_down_to(0); }
 
+std::size_t Scratch::rounded(std::size_t bytes) {
+  const std::size_t grain = bytes >= kLarge ? kHugePage : kGrain;
+  return std::max(grain, (bytes + grain - 1) / grain * grain);
+}
+
 Scratch::Block Scratch::take(std::size_t bytes) {
-  const std::size_t grain = bytes >= 4 * kHugePage ? kHugePage : kGrain;
-  bytes = std::max(grain, (bytes + grain - 1) / grain * grain);
+  bytes = rounded(bytes);
   const std::lock_guard<std::mutex> lock(mutex_);
   // The smallest that fits, but none so large that a later taker would miss it.
   auto best = idle_.end();

@@ -22,6 +22,9 @@ class Scratch {
     std::size_t bytes = 0;
   };
   Block take(std::size_t bytes);
+  // What taking so many bytes takes.
+  static std::size_t rounded(std::size_t bytes);
+  std::size_t peak() const { return peak_; }
   void give_back(Block block);
 
  private:

@@ -31,7 +31,7 @@ constexpr std::size_t kBlock = 16;
 struct Schedule {
   Schedule(const Weight& weight, std::size_t rank, std::size_t passes) {
     const std::size_t limit = std::min(weight.rows, weight.cols);
-    first_check = (2 * rank + rank / 8 + 48) / kBlock;
+    first_check = (2 * rank + rank / 2 + 64) / kBlock;
     max_passes = passes > 0 ? passes : (6 * rank + 64) / kBlock + 1;
     // Where the basis would have to span most of the space, its whole Gram matrix is cheaper and exact.
     const std::size_t expected = 2 * rank + rank / 4 + 64;

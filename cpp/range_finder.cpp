@@ -154,9 +154,10 @@ Buffer<float> RangeFinder<Element>::combine_x(const std::vector<double>& c, std:
 template <class Element>
 std::size_t RangeFinder<Element>::workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes,
                                                   unsigned threads) {
-  const std::size_t columns = block * max_passes;
-  return sizeof(Element) * (weight.rows + weight.cols) * stride_for(block, max_passes) +
-         sizeof(float) * weight.cols * block + 2 * sizeof(double) * columns * columns +
+  const std::size_t columns = block * max_passes, stride = sizeof(Element) * stride_for(block, max_passes);
+  return Scratch::rounded(weight.rows * stride) + Scratch::rounded(weight.cols * stride) +
+         2 * Scratch::rounded(sizeof(float) * weight.cols * block) +
+         2 * Scratch::rounded(sizeof(double) * columns * columns) +
          Sweep<Element>::workspace_bytes(weight, block, threads);
 }
 

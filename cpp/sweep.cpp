@@ -69,9 +69,10 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
 template <class Element>
 std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t max_block, unsigned threads) {
   const std::size_t rows = choose_block_rows(kLargestCache, weight, sizeof(Element));
-  const std::size_t lane =
-      sizeof(Element) * rows * (weight.cols + 96 + max_block) + sizeof(float) * (rows + weight.cols + 80) * max_block;
-  return sizeof(Element) * (weight.cols + 64) * max_block + threads * lane;
+  const std::size_t part = Scratch::rounded(sizeof(float) * (weight.cols + 80) * max_block);
+  const std::size_t lane = Scratch::rounded(sizeof(Element) * rows * (weight.cols + 96)) +
+                           (sizeof(Element) + sizeof(float)) * rows * max_block + part;
+  return Scratch::rounded(sizeof(Element) * (weight.cols + 64) * max_block) + part + threads * lane;
 }
 
 // The lane's blocks of rows, in their order.

@@ -13,8 +13,8 @@ struct Case {
   std::size_t rows, cols, rank, passes;
 };
 
-const Case kCases[] = {{300, 400, 16, 0}, {400, 300, 40, 0}, {257, 131, 3, 4}, {64, 64, 64, 0},
-                       {1, 9, 1, 0},      {9, 1, 1, 0},      {500, 40, 8, 0},  {700, 650, 20, 0}};
+const Case kCases[] = {{300, 400, 16, 0}, {400, 300, 40, 0}, {257, 131, 3, 4},  {64, 64, 64, 0},    {1, 9, 1, 0},
+                       {9, 1, 1, 0},      {500, 40, 8, 0},   {700, 650, 20, 0}, {150, 14000, 16, 0}};
 
 struct Output {
   std::vector<unsigned char> residual, a, b;
@@ -32,6 +32,9 @@ Output run(const Case& c, DType dtype, DType adapter_dtype, bool fan_in_fan_out,
       split(select_kernels(), pool,
             {w.weight, c.rank, 0.5, fan_in_fan_out, adapter_dtype, output.a.data(), output.b.data(), c.passes, 42});
   output.residual = w.bytes;
+  const std::size_t bound = split_workspace_bytes(w.weight, c.rank, c.passes, threads);
+  CHECK(pool.scratch().peak() <= bound, "%zux%zu %s: took %zu bytes of %zu", c.rows, c.cols, name_of(dtype),
+        pool.scratch().peak(), bound);
   return output;
 }
 
