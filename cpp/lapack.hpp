@@ -184,8 +184,8 @@ inline void rank_update(char trans, std::size_t n, std::size_t k, const double* 
   scipy_dsyrk_("U", &trans, &size, &depth, &one, a, &ia, &beta, c, &size);
 }
 
-// Diagonal d and beside it e of a tridiagonal matrix with the eigenvalues of symmetric a (n × n, upper, destroyed). False
-// where LAPACK reports a failure.
+// Diagonal d and beside it e of a tridiagonal matrix with the eigenvalues of symmetric a (n × n, upper, destroyed).
+// False where LAPACK reports a failure.
 template <class T>
 bool tridiagonalize(std::size_t n, T* a, T* d, T* e) {
   const int size = narrow(n);

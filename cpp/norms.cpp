@@ -213,7 +213,7 @@ NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight&
 
 std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads) {
   const std::size_t small = std::min(weight.rows, weight.cols);
-  if (small <= kExactSide) return sizeof(double) * small * (small + kColumns + 128);
+  if (small <= kExactSide) return sizeof(double) * (small * (small + kColumns + 128) + 1024);
   return Sweep<float>::workspace_bytes(weight, kProbes, threads) +
          sizeof(float) * kProbes * (3 * small + std::max(weight.rows, weight.cols));
 }

@@ -8,7 +8,7 @@
 namespace pissa {
 namespace {
 
-constexpr double kStep = 0.5;  // of ln t: the rule's relative error is 2·exp(−π²/kStep) = 5e-9
+constexpr double kStep = 0.5;    // of ln t: the rule's relative error is 2·exp(−π²/kStep) = 5e-9
 constexpr double kBeyond = 100;  // nodes reach so many times beyond the roots; the rest is added up to first order
 
 // At least the spectral norm: Gershgorin's discs.
