@@ -169,22 +169,22 @@ bool largest_eigenpairs(std::size_t n, T* a, std::size_t count, double* values, 
   return true;
 }
 
-// c (n × n, upper) = a·aᵀ + beta·c, a being n × k; or aᵀ·a with `trans` 'T', a being k × n.
+// c (n × n, lower) = a·aᵀ + beta·c, a being n × k; or aᵀ·a with `trans` 'T', a being k × n.
 inline void rank_update(char trans, std::size_t n, std::size_t k, const float* a, std::size_t lda, float beta,
                         float* c) {
   const int size = narrow(n), depth = narrow(k), ia = narrow(lda);
   const float one = 1;
-  scipy_ssyrk_("U", &trans, &size, &depth, &one, a, &ia, &beta, c, &size);
+  scipy_ssyrk_("L", &trans, &size, &depth, &one, a, &ia, &beta, c, &size);
 }
 
 inline void rank_update(char trans, std::size_t n, std::size_t k, const double* a, std::size_t lda, double beta,
                         double* c) {
   const int size = narrow(n), depth = narrow(k), ia = narrow(lda);
   const double one = 1;
-  scipy_dsyrk_("U", &trans, &size, &depth, &one, a, &ia, &beta, c, &size);
+  scipy_dsyrk_("L", &trans, &size, &depth, &one, a, &ia, &beta, c, &size);
 }
 
-// Diagonal d and beside it e of a tridiagonal matrix with the eigenvalues of symmetric a (n × n, upper, destroyed).
+// Diagonal d and beside it e of a tridiagonal matrix with the eigenvalues of symmetric a (n × n, lower, destroyed).
 // False where LAPACK reports a failure.
 template <class T>
 bool tridiagonalize(std::size_t n, T* a, T* d, T* e) {
@@ -192,7 +192,7 @@ bool tridiagonalize(std::size_t n, T* a, T* d, T* e) {
   std::vector<T> tau(n), work(64 * n);
   const int lwork = narrow(work.size());
   int info = 0;
-  Tridiagonal<T>::reduce("U", &size, a, &size, d, e, tau.data(), work.data(), &lwork, &info);
+  Tridiagonal<T>::reduce("L", &size, a, &size, d, e, tau.data(), work.data(), &lwork, &info);
   return info == 0;
 }
 

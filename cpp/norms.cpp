@@ -81,23 +81,23 @@ TridiagonalMatrix reduced_gram(const Kernels& kernels, ThreadPool& pool, const W
   return {{diagonal.begin(), diagonal.end()}, {beside.begin(), beside.end()}};
 }
 
-// Twice what the eigenvalues of a Gram matrix were seen to be wrong by, of the largest one, in float; and ample in
-// double.
+// Of the largest eigenvalue: twice what those of a Gram matrix were seen to be wrong by in float, more where many are
+// zero but for such errors, whose squares add up; and ample in double.
 constexpr double kFloatShift = 2 * static_cast<double>(std::numeric_limits<float>::epsilon());
+constexpr double kFloatShiftOverZeros = 2 * kFloatShift;
 constexpr double kDoubleShift = 64 * std::numeric_limits<double>::epsilon();
 constexpr double kTolerance = 2e-5;
 // Norms whose squares float holds, and of what is far smaller, too.
 constexpr double kSmallNorm = 0x1p-40, kLargeNorm = 0x1p40;
 
-double exact_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight, bool lacks_directions) {
-  if (!lacks_directions) {
-    const double norm = frobenius_norm(kernels, pool, weight);
-    if (norm > kSmallNorm && norm < kLargeNorm) {
-      const RootTrace found = root_trace(reduced_gram<float>(kernels, pool, weight), kFloatShift);
-      if (found.uncertainty < kTolerance * found.value) return found.value + found.uncertainty / 2;
-    }
+double exact_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t zeros) {
+  const double norm = frobenius_norm(kernels, pool, weight);
+  if (norm > kSmallNorm && norm < kLargeNorm) {
+    const RootTrace found =
+        root_trace(reduced_gram<float>(kernels, pool, weight), zeros > 0 ? kFloatShiftOverZeros : kFloatShift, zeros);
+    if (found.uncertainty < kTolerance * found.value) return found.value + found.uncertainty / 2;
   }
-  const RootTrace found = root_trace(reduced_gram<double>(kernels, pool, weight), kDoubleShift);
+  const RootTrace found = root_trace(reduced_gram<double>(kernels, pool, weight), kDoubleShift, 0);
   if (!std::isfinite(found.uncertainty)) throw std::runtime_error("a Gram matrix has negative eigenvalues");
   return found.value;
 }
@@ -206,9 +206,9 @@ double estimate_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Wei
   return sum * each * size / std::sqrt(squares * each);
 }
 
-NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight, bool lacks_directions) {
+NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t zeros) {
   if (std::min(weight.rows, weight.cols) > kExactSide) return {estimate_nuclear_norm(kernels, pool, weight), true};
-  return {exact_nuclear_norm(kernels, pool, weight, lacks_directions), false};
+  return {exact_nuclear_norm(kernels, pool, weight, zeros), false};
 }
 
 std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads) {
