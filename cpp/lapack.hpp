@@ -19,6 +19,8 @@ void scipy_dgemm_(const char* transa, const char* transb, const int* m, const in
                   const int* ldc);
 void scipy_dsyrk_(const char* uplo, const char* trans, const int* n, const int* k, const double* alpha, const double* a,
                   const int* lda, const double* beta, double* c, const int* ldc);
+void scipy_ssyrk_(const char* uplo, const char* trans, const int* n, const int* k, const float* alpha, const float* a,
+                  const int* lda, const float* beta, float* c, const int* ldc);
 void scipy_dsterf_(const int* n, double* d, double* e, int* info);
 void scipy_strsm_(const char* side, const char* uplo, const char* trans, const char* diag, const int* m, const int* n,
                   const float* alpha, const float* a, const int* lda, float* b, const int* ldb);
@@ -167,21 +169,30 @@ bool largest_eigenpairs(std::size_t n, T* a, std::size_t count, double* values, 
   return true;
 }
 
-// c (n × n, upper) = a·aᵀ + beta·c, a being n × k.
-inline void rank_update(std::size_t n, std::size_t k, const double* a, double beta, double* c) {
-  const int size = narrow(n), columns = narrow(k);
-  const double one = 1;
-  scipy_dsyrk_("U", "N", &size, &columns, &one, a, &size, &beta, c, &size);
+// c (n × n, lower) = a·aᵀ + beta·c, a being n × k; or aᵀ·a with `trans` 'T', a being k × n.
+inline void rank_update(char trans, std::size_t n, std::size_t k, const float* a, std::size_t lda, float beta,
+                        float* c) {
+  const int size = narrow(n), depth = narrow(k), ia = narrow(lda);
+  const float one = 1;
+  scipy_ssyrk_("L", &trans, &size, &depth, &one, a, &ia, &beta, c, &size);
 }
 
-// All eigenvalues (ascending) of symmetric a (n × n, upper, destroyed). False where LAPACK reports a failure.
-inline bool eigenvalues(std::size_t n, double* a, double* values) {
+inline void rank_update(char trans, std::size_t n, std::size_t k, const double* a, std::size_t lda, double beta,
+                        double* c) {
+  const int size = narrow(n), depth = narrow(k), ia = narrow(lda);
+  const double one = 1;
+  scipy_dsyrk_("L", &trans, &size, &depth, &one, a, &ia, &beta, c, &size);
+}
+
+// Diagonal d and beside it e of a tridiagonal matrix with the eigenvalues of symmetric a (n × n, lower, destroyed).
+// False where LAPACK reports a failure.
+template <class T>
+bool tridiagonalize(std::size_t n, T* a, T* d, T* e) {
   const int size = narrow(n);
-  std::vector<double> e(n), tau(n), work(64 * n);
+  std::vector<T> tau(n), work(64 * n);
   const int lwork = narrow(work.size());
   int info = 0;
-  scipy_dsytrd_("U", &size, a, &size, values, e.data(), tau.data(), work.data(), &lwork, &info);
-  if (info == 0) scipy_dsterf_(&size, values, e.data(), &info);
+  Tridiagonal<T>::reduce("L", &size, a, &size, d, e, tau.data(), work.data(), &lwork, &info);
   return info == 0;
 }
 

@@ -122,12 +122,12 @@ class Splitter {
   }
 
   std::pair<double, bool> nuclear_norm(const py::buffer& values, std::size_t rows, std::size_t cols,
-                                       const std::string& dtype) {
+                                       const std::string& dtype, std::size_t zeros) {
     if (values_in(values, dtype) != rows * cols) throw std::invalid_argument("values must be rows × cols");
     const pissa::Weight weight{values.request().ptr, parse_dtype(dtype), rows, cols};
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
-    const pissa::NuclearNorm norm = pissa::nuclear_norm(kernels_, pool_, weight);
+    const pissa::NuclearNorm norm = pissa::nuclear_norm(kernels_, pool_, weight, zeros);
     return {norm.value, norm.estimated};
   }
 
@@ -242,7 +242,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"), py::arg("near") = false)
       .def("norm", &Splitter::norm, py::arg("values"), py::arg("dtype"))
       .def("nuclear_norm", &Splitter::nuclear_norm, py::arg("values"), py::arg("rows"), py::arg("cols"),
-           py::arg("dtype"))
+           py::arg("dtype"), py::arg("zeros"))
       .def("quantise", &Splitter::quantise, py::arg("values"), py::arg("dtype"), py::arg("code"), py::arg("packed"),
            py::arg("absmax"), py::arg("nested_codes"), py::arg("nested_absmax"))
       .def("dequantise", &Splitter::dequantise, py::arg("out"), py::arg("dtype"), py::arg("code"), py::arg("packed"),

@@ -3,14 +3,17 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "buffer.hpp"
 #include "lapack.hpp"
 #include "packing.hpp"
 #include "philox.hpp"
+#include "root_trace.hpp"
 #include "sweep.hpp"
 
 namespace pissa {
@@ -50,31 +53,53 @@ double frobenius_norm(const Kernels& kernels, ThreadPool& pool, const Weight& we
 
 namespace {
 
-double exact_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {
+// The Gram matrix of the smaller side, reduced to tridiagonal form, in T.
+template <class T>
+TridiagonalMatrix reduced_gram(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {
   const bool wide = weight.rows <= weight.cols;
   const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
-  Buffer<double> piece(pool.scratch(), small * kColumns), gram(pool.scratch(), small * small);
-  std::vector<float> values(std::max(small, kColumns));
+  const bool as_it_lies = std::is_same<T, float>::value && weight.dtype == DType::f32;
+  Buffer<T> piece(pool.scratch(), as_it_lies ? 0 : small * kColumns), gram(pool.scratch(), small * small);
+  Buffer<float> row(pool.scratch(), as_it_lies ? 0 : std::max(small, kColumns));
   for (std::size_t at = 0; at < large; at += kColumns) {
     const std::size_t count = std::min(kColumns, large - at);
-    // Column-major small × count.
-    for (std::size_t i = 0; i < (wide ? small : count); ++i) {
-      kernels.widen(wide ? place(weight, i, at) : place(weight, at + i, 0), weight.dtype, values.data(),
-                    wide ? count : small);
-      if (wide) {
-        for (std::size_t j = 0; j < count; ++j) piece[j * small + i] = static_cast<double>(values[j]);
-      } else {
-        std::copy_n(values.data(), small, piece.data() + i * small);
-      }
+    const std::size_t rows = wide ? small : count, cols = wide ? count : small;
+    const std::size_t first_row = wide ? 0 : at, first_col = wide ? at : 0;
+    for (std::size_t i = 0; !as_it_lies && i < rows; ++i) {
+      kernels.widen(place(weight, first_row + i, first_col), weight.dtype, row.data(), cols);
+      std::copy_n(row.data(), cols, piece.data() + i * cols);
     }
-    lapack::rank_update(small, count, piece.data(), at == 0 ? 0.0 : 1.0, gram.data());
+    // What is row-major here is transposed to the BLAS.
+    const void* part = as_it_lies ? static_cast<const void*>(place(weight, first_row, first_col)) : piece.data();
+    lapack::rank_update(wide ? 'T' : 'N', small, count, static_cast<const T*>(part), as_it_lies ? weight.cols : cols,
+                        at == 0 ? T{0} : T{1}, gram.data());
   }
-  std::vector<double> squares(small);
-  if (!lapack::eigenvalues(small, gram.data(), squares.data()))
-    throw std::runtime_error("LAPACK sterf did not converge");
-  double sum = 0;
-  for (const double square : squares) sum += std::sqrt(std::max(0.0, square));
-  return sum;
+  std::vector<T> diagonal(small), beside(small);
+  if (!lapack::tridiagonalize(small, gram.data(), diagonal.data(), beside.data())) {
+    throw std::runtime_error("LAPACK sytrd failed");
+  }
+  return {{diagonal.begin(), diagonal.end()}, {beside.begin(), beside.end()}};
+}
+
+// Of the largest eigenvalue: twice what those of a Gram matrix were seen to be wrong by in float, more where many are
+// zero but for such errors, whose squares add up; and ample in double.
+constexpr double kFloatShift = 2 * static_cast<double>(std::numeric_limits<float>::epsilon());
+constexpr double kFloatShiftOverZeros = 2 * kFloatShift;
+constexpr double kDoubleShift = 64 * std::numeric_limits<double>::epsilon();
+constexpr double kTolerance = 2e-5;
+// Norms whose squares float holds, and of what is far smaller, too.
+constexpr double kSmallNorm = 0x1p-40, kLargeNorm = 0x1p40;
+
+double exact_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t zeros) {
+  const double norm = frobenius_norm(kernels, pool, weight);
+  if (norm > kSmallNorm && norm < kLargeNorm) {
+    const RootTrace found =
+        root_trace(reduced_gram<float>(kernels, pool, weight), zeros > 0 ? kFloatShiftOverZeros : kFloatShift, zeros);
+    if (found.uncertainty < kTolerance * found.value) return found.value + found.uncertainty / 2;
+  }
+  const RootTrace found = root_trace(reduced_gram<double>(kernels, pool, weight), kDoubleShift, 0);
+  if (!std::isfinite(found.uncertainty)) throw std::runtime_error("a Gram matrix has negative eigenvalues");
+  return found.value;
 }
 
 constexpr std::size_t kExactSide = 1024;
@@ -181,14 +206,14 @@ double estimate_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Wei
   return sum * each * size / std::sqrt(squares * each);
 }
 
-NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {
+NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t zeros) {
   if (std::min(weight.rows, weight.cols) > kExactSide) return {estimate_nuclear_norm(kernels, pool, weight), true};
-  return {exact_nuclear_norm(kernels, pool, weight), false};
+  return {exact_nuclear_norm(kernels, pool, weight, zeros), false};
 }
 
 std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads) {
   const std::size_t small = std::min(weight.rows, weight.cols);
-  if (small <= kExactSide) return sizeof(double) * small * (small + kColumns + 128);
+  if (small <= kExactSide) return sizeof(double) * (small * (small + kColumns + 128) + 1024);
   return Sweep<float>::workspace_bytes(weight, kProbes, threads) +
          sizeof(float) * kProbes * (3 * small + std::max(weight.rows, weight.cols));
 }

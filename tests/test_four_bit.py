@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import bitsandbytes.functional as bnb
@@ -115,15 +116,57 @@ def test_what_is_not_finite_is_refused(bad: float, place: int) -> None:
         quantised(values, "nf4", True)
 
 
-def test_norms() -> None:
+def test_the_frobenius_norm() -> None:
     values = torch.randn(70, 300, generator=torch.Generator().manual_seed(0))
+    assert NativeBackend(2).norm(raw(values), "F32") == pytest.approx(float(values.double().norm()), rel=1e-12)
+
+
+SMALL_SHAPES = [(70, 300), (300, 70), (131, 131), (1, 90), (90, 1), (2, 2), (1023, 37), (37, 1601)]
+
+
+def spectra(rows: int, cols: int) -> Iterator[torch.Tensor]:
+    """Matrices of every kind of spectrum: those that float is enough for, those that it is not, and those between."""
+    generator = torch.Generator().manual_seed(rows)
+    noise = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(noise, full_matrices=False)
+    size = len(values)
+    yield from (noise * 10.0**exponent for exponent in (0, -38, -30, -15, -11, 11, 15, 30, 36))
+    yield torch.zeros(rows, cols)
+    yield from (noise + mean for mean in (1, 30, 1e4))
+    for power in (0.25, 0.5, 0.75, 1, 2, 4):
+        yield (left * torch.arange(1.0, size + 1).double() ** -power) @ right
+    for rank in {1, min(3, size), (size + 1) // 2, max(1, size - 8)}:
+        yield (left[:, :rank] * values[:rank]) @ right[:rank]
+    for large in (3, 10, 30, 100, 300, 1e3, 1e4, 1e6):
+        few = torch.where(torch.arange(size) < 3, large, 1.0).double()
+        yield (left * few) @ right
+        yield (left * (few * values)) @ right
+        yield noise * torch.logspace(0, math.log10(large), rows, dtype=torch.float64)[:, None]
+
+
+@pytest.mark.parametrize("shape", SMALL_SHAPES)
+def test_the_nuclear_norm_of_a_small_matrix(shape: tuple[int, int]) -> None:
     backend = NativeBackend(2)
-    assert backend.norm(raw(values), "F32") == pytest.approx(float(values.double().norm()), rel=1e-12)
-    for matrix in (values, values.T.contiguous()):
+    for wide in spectra(*shape):
+        matrix = wide.float()
         nuclear = float(torch.linalg.svdvals(matrix.double()).sum())
-        found, estimated = backend.nuclear_norm(raw(matrix), *matrix.shape)
-        assert found == pytest.approx(nuclear, rel=1e-9)
+        found, estimated = backend.nuclear_norm(raw(matrix), *shape)
+        assert found == pytest.approx(nuclear, rel=2e-5)
         assert not estimated
+
+
+@pytest.mark.parametrize("shape", [(320, 512), (512, 320), (448, 448), (100, 500)])
+def test_the_nuclear_norm_of_what_a_quantiser_and_a_refit_leave(shape: tuple[int, int]) -> None:
+    """It lacks the directions of the adapter, which makes no difference but in time."""
+    weight = llm_like(*shape)
+    left = weight - bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4"))
+    u, s, v = torch.linalg.svd(left.double(), full_matrices=False)
+    for rank in (0, 1, 16, 64, 96):
+        matrix = ((u[:, rank:] * s[rank:]) @ v[rank:]).float()
+        nuclear = float(torch.linalg.svdvals(matrix.double()).sum())
+        for zeros in (0, rank):
+            found, _ = NativeBackend(1).nuclear_norm(raw(matrix), *shape, zeros=zeros)
+            assert found == pytest.approx(nuclear, rel=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(1088, 1408), (1408, 1088)])

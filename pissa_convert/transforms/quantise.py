@@ -74,11 +74,11 @@ class QuantiseLane:
         plain_nuclear, estimated = quantiser.nuclear_norm(difference, form.rows, form.cols)
         del difference
         found = alternate(weight, split, form, self.iterations, self.backend, quantiser)
-        nuclear, _ = quantiser.nuclear_norm(found.difference, form.rows, form.cols)
+        nuclear, _ = quantiser.nuclear_norm(found.difference, form.rows, form.cols, zeros=split.rank)
         stats = QuantStats(norm, found.error, plain_error, nuclear, plain_nuclear)
         stats = replace(stats, iterations=found.iterations, estimated=estimated)
         if self.compare_loftq:
             other = loftq(weight, split, form, self.iterations, self.backend, quantiser)
-            nuclear, _ = quantiser.nuclear_norm(other.difference, form.rows, form.cols)
+            nuclear, _ = quantiser.nuclear_norm(other.difference, form.rows, form.cols, zeros=split.rank)
             stats = replace(stats, loftq_error=other.error, loftq_nuclear=nuclear)
         return found.base, (found.a, found.b), stats
