@@ -25,13 +25,19 @@ constexpr double kPrecise = 2e-2;
 // more than that.
 constexpr std::size_t kBlock = 16;
 
-// How the work is laid out for a rank. Measured on weights with language models' spectra: about 2.3·rank + 64 columns
-// reach the target. The first check comes a little earlier and tells from the speed of convergence when the next is
-// due.
+// A check of k columns costs about as much as a pass over k³ values; it is cheap where that is a share of
+// 1/kCheapCheck.
+constexpr std::size_t kCheapCheck = 4;
+
+// How the work is laid out for a rank. On weights with language models' spectra, 2·rank + 32 to 2.5·rank + 64 columns
+// reach the target. The first check, which tells from the speed of convergence when the next is due, comes at the least
+// of it where a check costs little beside a pass, or else at the most.
 struct Schedule {
   Schedule(const Weight& weight, std::size_t rank, std::size_t passes) {
     const std::size_t limit = std::min(weight.rows, weight.cols);
-    first_check = (2 * rank + rank / 2 + 64) / kBlock;
+    const std::size_t least = 2 * rank + 32, most = 2 * rank + rank / 2 + 64;
+    const bool cheap = kCheapCheck * least * least * least <= weight.rows * weight.cols;
+    first_check = (cheap ? least : most) / kBlock;
     max_passes = passes > 0 ? passes : (6 * rank + 64) / kBlock + 1;
     // Where the basis would have to span most of the space, its whole Gram matrix is cheaper and exact.
     const std::size_t expected = 2 * rank + rank / 4 + 64;

@@ -23,7 +23,7 @@ PAGE = 4096
 _RUNTIME = 16 << 20
 """Thread stacks, staging, journal and manifest."""
 
-_SLACK = 32 << 20
+_SLACK = 64 << 20
 """Room beside the largest tensors, so that small ones flow past a large one that is being written."""
 
 
