@@ -45,10 +45,10 @@ def test_a_cgroup_without_a_limit_does_not_bound(tmp_path: Path, version: int, l
 def test_the_default_budget_stays_within_what_the_cgroup_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     flights = [150 * MIB] * 4
     free = memory.plan_memory(flights, lambda widths: 0, 1, None)
-    monkeypatch.setattr(memory, "_cgroup_bounds", lambda: [380 * MIB])
+    monkeypatch.setattr(memory, "_cgroup_bounds", lambda: [350 * MIB])
     bounded = memory.plan_memory(flights, lambda widths: 0, 1, None)
     assert free.budget == 2 * memory.footprint(150 * MIB) + memory._SLACK
-    assert 150 * MIB <= bounded.budget < 380 * MIB < free.budget
+    assert 150 * MIB <= bounded.budget < 350 * MIB < free.budget
     assert bounded.peak < free.peak
     monkeypatch.setattr(memory, "_cgroup_bounds", lambda: [100 * MIB])
     with pytest.raises(RequestError, match="available memory is too small"):

@@ -157,8 +157,8 @@ def test_smollm2_begins_nearer_to_the_original_than_qlora(smol: Path, tmp_path: 
     for name in stored:
         weights[name].data = plainly_quantised(original[name]).float()
     losses["qlora"] = loss()
-    assert losses["original"] < losses["qpissa"] < losses["qlora"]
-    assert losses["qpissa"] - losses["original"] < 0.5 * (losses["qlora"] - losses["original"])
+    # So near that on one text it may be on either side of the original's.
+    assert abs(losses["qpissa"] - losses["original"]) < 0.2 * (losses["qlora"] - losses["original"])
 
 
 ARCHITECTURES = [name for name in peft_models.NAMES if name not in {"falcon", "nomic_bert", "qwen2_moe"}]
