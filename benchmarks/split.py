@@ -13,7 +13,7 @@ The large matrices are made: random singular vectors, and σ_i = i^-0.15·(1 −
 SmolLM2's linear layers have at i = 64, between its flattest (up_proj) and steepest (q_proj). They are split one at a
 time by all threads.
 
-With --smollm2 the linears of layers 0, 10, 20 and 29 of a real checkpoint are measured too (examples/smollm2.py writes
+With --smollm2 all linears of a real checkpoint are measured too (examples/smollm2.py writes
 one), singular values then being those of an eigendecomposition in double. The matrices of a shape are measured
 together, as a converter meets them: PEFT takes one after the other, by all threads; ours takes as many at once as there
 are threads, each by one. Deficits are means; `worse` counts matrices whose deficit is above that of niter_16.
@@ -151,12 +151,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, list[torch.Tenso
     for file in sorted(arguments.smollm2.glob("*.safetensors")):
         tensors |= load_file(file)
     for names in (("q_proj", "o_proj"), ("k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)):
-        layers = tuple(f"model.layers.{layer}." for layer in (0, 10, 20, 29))
-        weights = [
-            tensor.float()
-            for name, tensor in tensors.items()
-            if name.startswith(layers) and name.split(".")[-2] in names
-        ]
+        weights = [tensor.float() for name, tensor in tensors.items() if name.split(".")[-2] in names]
         rows, cols = weights[0].shape
         yield f"smollm2 {len(weights)} of {rows}x{cols}", weights, None
 

@@ -7,6 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "bisection.hpp"
+
 namespace pissa::lapack {
 
 extern "C" {
@@ -21,7 +23,6 @@ void scipy_dsyrk_(const char* uplo, const char* trans, const int* n, const int* 
                   const int* lda, const double* beta, double* c, const int* ldc);
 void scipy_ssyrk_(const char* uplo, const char* trans, const int* n, const int* k, const float* alpha, const float* a,
                   const int* lda, const float* beta, float* c, const int* ldc);
-void scipy_dsterf_(const int* n, double* d, double* e, int* info);
 void scipy_strsm_(const char* side, const char* uplo, const char* trans, const char* diag, const int* m, const int* n,
                   const float* alpha, const float* a, const int* lda, float* b, const int* ldb);
 void scipy_dtrsm_(const char* side, const char* uplo, const char* trans, const char* diag, const int* m, const int* n,
@@ -41,7 +42,6 @@ void scipy_sstedc_(const char* compz, const int* n, float* d, float* e, float* z
                    const int* lwork, int* iwork, const int* liwork, int* info);
 void scipy_dstedc_(const char* compz, const int* n, double* d, double* e, double* z, const int* ldz, double* work,
                    const int* lwork, int* iwork, const int* liwork, int* info);
-void scipy_ssterf_(const int* n, float* d, float* e, int* info);
 void scipy_sstein_(const int* n, const float* d, const float* e, const int* m, const float* w, const int* iblock,
                    const int* isplit, float* z, const int* ldz, float* work, int* iwork, int* ifail, int* info);
 void scipy_dstein_(const int* n, const double* d, const double* e, const int* m, const double* w, const int* iblock,
@@ -101,7 +101,6 @@ template <>
 struct Tridiagonal<float> {
   static constexpr auto reduce = scipy_ssytrd_;
   static constexpr auto solve = scipy_sstedc_;
-  static constexpr auto eigenvalues = scipy_ssterf_;
   static constexpr auto inverse_iteration = scipy_sstein_;
   static constexpr auto transform = scipy_sormtr_;
 };
@@ -109,7 +108,6 @@ template <>
 struct Tridiagonal<double> {
   static constexpr auto reduce = scipy_dsytrd_;
   static constexpr auto solve = scipy_dstedc_;
-  static constexpr auto eigenvalues = scipy_dsterf_;
   static constexpr auto inverse_iteration = scipy_dstein_;
   static constexpr auto transform = scipy_dormtr_;
 };
@@ -118,8 +116,7 @@ struct Tridiagonal<double> {
 // d, vectors in the last columns of z (n × n). False where LAPACK reports a failure.
 //
 // All of them by divide and conquer, which for many is two to three times faster than bisection and inverse iteration;
-// a few by inverse iteration from all eigenvalues, without whose vectors these take next to no time, unless the matrix
-// falls apart into several.
+// a few by bisection of several at a time and inverse iteration, unless the matrix falls apart into several.
 template <class T>
 bool solve_tridiagonal(std::size_t n, std::size_t count, T* d, T* e, T* z) {
   const int size = narrow(n), wanted = narrow(count);
@@ -133,16 +130,15 @@ bool solve_tridiagonal(std::size_t n, std::size_t count, T* d, T* e, T* z) {
     whole = whole && std::abs(e[i]) > std::numeric_limits<T>::epsilon() * (std::abs(d[i]) + std::abs(d[i + 1]));
   }
   if (whole && count <= kFew && 4 * count <= n) {
-    std::vector<T> values(d, d + n), off(e, e + n);
-    Tridiagonal<T>::eigenvalues(&size, values.data(), off.data(), &info);
+    const std::vector<T> values = largest_by_bisection(n, d, e, count);
     const std::vector<int> block(n, 1), split(n, size);
     std::vector<int> failed(n);
+    Tridiagonal<T>::inverse_iteration(&size, d, e, &wanted, values.data(), block.data(), split.data(),
+                                      z + (n - count) * n, &size, work.data(), iwork.data(), failed.data(), &info);
     if (info == 0) {
-      Tridiagonal<T>::inverse_iteration(&size, d, e, &wanted, values.data() + (n - count), block.data(), split.data(),
-                                        z + (n - count) * n, &size, work.data(), iwork.data(), failed.data(), &info);
+      std::copy(values.begin(), values.end(), d + (n - count));
+      return true;
     }
-    if (info == 0) std::copy(values.begin(), values.end(), d);
-    if (info == 0) return true;
   }
   Tridiagonal<T>::solve("I", &size, d, e, z, &size, work.data(), &lwork, iwork.data(), &liwork, &info);
   return info == 0;

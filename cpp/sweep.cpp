@@ -127,7 +127,7 @@ void Sweep<Element>::power_step(const Element* x, std::size_t x_stride, std::siz
   pack_x(x, x_stride, k, x_scale);
   add_up(k, z_scale, z, k, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
-    multiply_rows(begin, count, k, lane, y, y_stride);
+    multiply_rows(begin, count, k, x_scale, lane, y, y_stride);
     multiply_columns(begin, count, k, lane, y, y_stride, part);
   });
 }
@@ -140,7 +140,7 @@ void Sweep<Element>::product(const Element* x, std::size_t x_stride, std::size_t
     Lane lane(*this, k);
     for_each_block(index, [&](std::size_t begin, std::size_t count) {
       load_rows(begin, count, lane);
-      multiply_rows(begin, count, k, lane, y, y_stride);
+      multiply_rows(begin, count, k, x_scale, lane, y, y_stride);
     });
   });
 }
@@ -208,18 +208,16 @@ void Sweep<Element>::pack_x(const Element* x, std::size_t stride, std::size_t k,
         const std::size_t packed = round_up(end, depth) * lanes;
         std::fill(out + packed - begin * lanes, out + (steps_ * depth - begin) * lanes, Element{0});
       }
-      if (x_scale != 1.0f) {
-        for (std::size_t i = 0; i < round_up(end - begin, depth) * lanes; ++i) {
-          out[i] = to_element<Element>(to_float(out[i]) * x_scale);
-        }
+      if constexpr (!kIsBf16<Element>) {
+        for (std::size_t i = 0; i < round_up(end - begin, depth) * lanes; ++i) out[i] *= x_scale;
       }
     }
   });
 }
 
 template <class Element>
-void Sweep<Element>::multiply_rows(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, Element* y,
-                                   std::size_t y_stride) const {
+void Sweep<Element>::multiply_rows(std::size_t begin, std::size_t count, std::size_t k, float x_scale, Lane& lane,
+                                   Element* y, std::size_t y_stride) const {
   const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
   const std::size_t piece = std::max<std::size_t>(16, kXBytes / (k * depth * sizeof(Element)));
@@ -231,6 +229,9 @@ void Sweep<Element>::multiply_rows(std::size_t begin, std::size_t count, std::si
       multiply(lane.rows + at * depth, row_stride_, depth, b, steps, lane.sums.data() + groups.begin(group), k, count,
                groups.vectors_of(group));
     }
+  }
+  if constexpr (kIsBf16<Element>) {  // whose sums are far from float's limits; x would have to be rounded again
+    for (std::size_t i = 0; i < count * k; ++i) lane.sums[i] *= x_scale;
   }
   for (std::size_t i = 0; i < count; ++i) {
     round_to(kernels_, lane.sums.data() + i * k, y + (begin + i) * y_stride, k);

@@ -51,7 +51,7 @@ class Sweep {
   void add_up(std::size_t k, float z_scale, float* z, std::size_t z_stride, const Add& add);
   void load_rows(std::size_t begin, std::size_t count, Lane& lane) const;
   void pack_x(const Element* x, std::size_t stride, std::size_t k, float x_scale);
-  void multiply_rows(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, Element* y,
+  void multiply_rows(std::size_t begin, std::size_t count, std::size_t k, float x_scale, Lane& lane, Element* y,
                      std::size_t y_stride) const;
   void multiply_columns(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, const Element* y,
                         std::size_t y_stride, float* part) const;

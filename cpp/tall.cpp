@@ -81,20 +81,19 @@ template <class Element>
 RightFactor<Element>::RightFactor(const Kernels& kernels, ThreadPool& pool, std::size_t p, const double* b,
                                   std::size_t q)
     : kernels_(kernels), p_(p), width_(round_up(q, 16)), packed_(pool.scratch(), p * width_) {
-  const Tile& tile = tile_for<Element>(kernels);
-  const std::size_t depth = tile.depth;
-  const Groups groups(width_, tile);
-  pool.run(groups.count, [&](std::size_t group) {
-    const std::size_t lanes = groups.size(group);
-    Element* out = packed_.data() + p * groups.begin(group);
-    for (std::size_t lane = 0; lane < lanes; ++lane) {
-      const std::size_t column = groups.begin(group) + lane;
-      for (std::size_t i = 0; i < p; ++i) {
-        const double value = column < q ? b[column * p + i] : 0;
-        out[(i / depth * lanes + lane) * depth + i % depth] = to_element<Element>(static_cast<float>(value));
-      }
+  const Groups groups(width_, tile_for<Element>(kernels));
+  Buffer<float> values(pool.scratch(), p * width_);  // row-major
+  Buffer<Element> rows(pool.scratch(), p * width_);
+  for (std::size_t column = 0; column < width_; ++column) {
+    for (std::size_t i = 0; i < p; ++i) {
+      values[i * width_ + column] = column < q ? static_cast<float>(b[column * p + i]) : 0.0f;
     }
-  });
+  }
+  round_to(kernels, values.data(), rows.data(), p * width_);
+  for (std::size_t group = 0; group < groups.count; ++group) {
+    pack(kernels, rows.data() + groups.begin(group), width_, p, groups.size(group),
+         packed_.data() + p * groups.begin(group));
+  }
 }
 
 template <class Element>
