@@ -4,8 +4,8 @@
                                [--smollm2 FOLDER] [--full-svd] [--json FILE]
 
 Peer: what PEFT does for `pissa_niter_N`: W.float(), torch.svd_lowrank(q=r, niter=N), scale, residual, cast back.
-Ours: `--passes auto`, bytes of W in, bytes of W_res, A and B out. Both on the same matrices, interleaved, medians: PEFT's
-in a tensor of torch's, ours in memory of the kind that the engine reads into (huge pages).
+Ours: `--passes auto`, bytes of W in, bytes of W_res, A and B out. Both on the same matrices, interleaved, medians:
+PEFT's in a tensor of torch's, ours in memory of the kind that the engine reads into (huge pages).
 Deficit: the share of the best rank-r energy that the factors do not capture; ours from A and B as stored,
 1 − (‖W‖² − ‖W − sBA‖²)/Σσ² in double, the peer's from its singular values before they are rounded.
 
