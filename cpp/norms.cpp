@@ -213,9 +213,13 @@ NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight&
 
 std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads) {
   const std::size_t small = std::min(weight.rows, weight.cols);
-  if (small <= kExactSide) return sizeof(double) * (small * (small + kColumns + 128) + 1024);
+  if (small <= kExactSide) {
+    return Scratch::rounded(sizeof(double) * small * kColumns) + Scratch::rounded(sizeof(double) * small * small) +
+           sizeof(double) * (small * 128 + 2048);
+  }
   return Sweep<float>::workspace_bytes(weight, kProbes, threads) +
-         sizeof(float) * kProbes * (3 * small + std::max(weight.rows, weight.cols));
+         3 * Scratch::rounded(sizeof(float) * kProbes * small) +
+         Scratch::rounded(sizeof(float) * kProbes * std::max(weight.rows, weight.cols));
 }
 
 }  // namespace pissa

@@ -61,7 +61,8 @@ Factors project(const Kernels& kernels, ThreadPool& pool, const Weight& weight, 
 }
 
 std::size_t projection_workspace_bytes(const Weight& weight, std::size_t k, unsigned threads) {
-  return 2 * sizeof(float) * (weight.rows + weight.cols) * k + 8 * sizeof(double) * k * k +
+  const auto tall = [&](std::size_t n) { return Scratch::rounded(sizeof(float) * (n * k + kReadBeyond)); };
+  return 2 * (tall(weight.rows) + tall(weight.cols)) + 8 * sizeof(double) * k * k +
          Sweep<float>::workspace_bytes(weight, std::min(k, kSlice), threads);
 }
 

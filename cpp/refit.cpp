@@ -113,7 +113,8 @@ std::optional<Factors> follow(const Kernels& kernels, ThreadPool& pool, const Sp
 
 std::size_t follow_workspace_bytes(const Weight& weight, std::size_t rank, unsigned threads) {
   const std::size_t width = round_up(rank, 16);
-  return sizeof(float) * width * (2 * weight.rows + 3 * weight.cols) + sizeof(double) * 10 * width * width +
+  const auto tall = [&](std::size_t n) { return Scratch::rounded(sizeof(float) * (n * width + kReadBeyond)); };
+  return 2 * tall(weight.rows) + 3 * tall(weight.cols) + sizeof(double) * 10 * width * width +
          Sweep<float>::workspace_bytes(weight, width, threads);
 }
 

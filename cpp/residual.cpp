@@ -132,7 +132,7 @@ ResidualNorms subtract_product(const Kernels& kernels, ThreadPool& pool, const W
 
 std::size_t residual_workspace_bytes(const Weight& weight, std::size_t rank) {
   const std::size_t element = weight.dtype == DType::f32 ? sizeof(double) : sizeof(float);
-  return (weight.cols + 64) * round_up(rank, 32) * element;
+  return Scratch::rounded((weight.cols + 64) * round_up(rank, 32) * element);
 }
 
 float max_magnitude(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {

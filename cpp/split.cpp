@@ -151,7 +151,8 @@ SplitResult refit(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
 }
 
 std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads) {
-  const std::size_t factors = 2 * sizeof(float) * (weight.rows + weight.cols) * rank;
+  const auto tall = [&](std::size_t n) { return Scratch::rounded(sizeof(float) * n * rank); };
+  const std::size_t factors = 2 * (tall(weight.rows) + tall(weight.cols));
   return std::max(factorize_workspace_bytes(weight, rank, passes, threads) + factors / 2,
                   factors + residual_workspace_bytes(weight, rank)) +
          (4u << 20);

@@ -72,7 +72,8 @@ std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t ma
   const std::size_t rows = choose_block_rows(kLargestCache, weight, sizeof(Element));
   const std::size_t part = Scratch::rounded(sizeof(float) * (weight.cols + 80) * max_block);
   const std::size_t lane = Scratch::rounded(sizeof(Element) * rows * (weight.cols + 96)) +
-                           (sizeof(Element) + sizeof(float)) * rows * max_block + part;
+                           Scratch::rounded(sizeof(Element) * rows * max_block) +
+                           Scratch::rounded(sizeof(float) * rows * max_block) + part;
   return Scratch::rounded(sizeof(Element) * (weight.cols + 64) * max_block) + part + threads * lane;
 }
 

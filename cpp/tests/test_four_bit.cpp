@@ -82,6 +82,19 @@ void check_norms(const Kernels& kernels) {
   }
 }
 
+// Also where it has to be in double, and beside an estimate's long side.
+void check_memory_of_norms(const Kernels& kernels) {
+  TestWeight small(DType::f32, 330, 600, 6), large(DType::f32, 1100, 13000, 6);
+  for (std::size_t i = 0; i < 330 * 600; ++i) reinterpret_cast<float*>(small.bytes.data())[i] *= 1e-20f;
+  for (const TestWeight* w : {&small, &large}) {
+    ThreadPool pool(2);
+    nuclear_norm(kernels, pool, w->weight);
+    const std::size_t bound = nuclear_norm_workspace_bytes(w->weight, 2);
+    CHECK(pool.scratch().peak() <= bound, "%s: a norm took %zu bytes of %zu", kernels.name, pool.scratch().peak(),
+          bound);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -94,6 +107,7 @@ int main() {
     }
     check_not_finite(*kernels);
     check_norms(*kernels);
+    check_memory_of_norms(*kernels);
   }
   check_nesting();
   return failures == 0 ? 0 : 1;

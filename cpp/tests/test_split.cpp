@@ -76,6 +76,8 @@ Refitted refit_near(const Case& c, unsigned threads) {
   request.weight = near.weight;
   found.result = refit(select_kernels(), pool, request);
   found.left = near.bytes;
+  const std::size_t bound = refit_workspace_bytes(w.weight, c.rank, threads);
+  CHECK(pool.scratch().peak() <= bound, "%zux%zu: took %zu bytes of %zu", c.rows, c.cols, pool.scratch().peak(), bound);
   return found;
 }
 
