@@ -35,7 +35,7 @@ class Scratch {
   std::size_t used_ = 0, held_ = 0, peak_ = 0;
 };
 
-// An array in scratch memory, not initialised.
+// An array in scratch memory, not initialised. An empty one takes none.
 template <class T>
 class Buffer {
   static_assert(std::is_trivial<T>::value, "scratch memory is never constructed");
@@ -43,7 +43,7 @@ class Buffer {
  public:
   Buffer() = default;
   Buffer(Scratch& scratch, std::size_t count)
-      : scratch_(&scratch), block_(scratch.take(count * sizeof(T))), size_(count) {}
+      : scratch_(&scratch), block_(count > 0 ? scratch.take(count * sizeof(T)) : Scratch::Block{}), size_(count) {}
   Buffer(Buffer&& other) noexcept { swap(other); }
   Buffer& operator=(Buffer&& other) noexcept {
     Buffer taken(std::move(other));
@@ -51,7 +51,7 @@ class Buffer {
     return *this;
   }
   ~Buffer() {
-    if (scratch_ != nullptr) scratch_->give_back(block_);
+    if (size_ > 0) scratch_->give_back(block_);
   }
 
   T* data() { return static_cast<T*>(block_.memory); }

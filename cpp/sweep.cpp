@@ -18,6 +18,7 @@ constexpr std::size_t kLanes = 8;  // at least, where there is work enough for e
 constexpr std::size_t kLaneElements = 64u << 10;
 // A piece of packed x that stays in the second-level cache while the rows of a block pass over it.
 constexpr std::size_t kXBytes = 256u << 10;
+constexpr std::size_t kMaxWide = 32;  // of any tile
 
 std::size_t min_lanes(const Weight& weight) {
   return std::clamp<std::size_t>(weight.rows * weight.cols / kLaneElements, 1, kLanes);
@@ -26,7 +27,7 @@ std::size_t min_lanes(const Weight& weight) {
 std::size_t choose_block_rows(std::size_t cache, const Weight& weight, std::size_t element_bytes) {
   const std::size_t beside = weight.cols * kBesideColumns * (element_bytes + sizeof(float));
   const std::size_t left = cache - std::min(cache, cache / 4 + beside);
-  const std::size_t row = weight.cols * std::max(element_bytes, size_of(weight.dtype));
+  const std::size_t row = weight.cols * size_of(weight.dtype);
   const std::size_t fitting = left / std::max<std::size_t>(1, row);
   const std::size_t rows = std::clamp(fitting / 32 * 32, kMinBlockRows, kMaxBlockRows);
   return std::min(rows, round_up(std::max<std::size_t>(weight.rows / min_lanes(weight), 1), kMinBlockRows));
@@ -36,6 +37,11 @@ std::size_t choose_lane_rows(const Weight& weight, std::size_t block_rows) {
   const std::size_t lanes = min_lanes(weight);
   const std::size_t rows = std::min((weight.rows + lanes - 1) / lanes, kLaneRows);
   return round_up(std::max<std::size_t>(rows, 1), block_rows);
+}
+
+// In vectors: left to itself, the compiler adds one by one.
+void add_to(float* __restrict sum, const float* __restrict part, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) sum[i] += part[i];
 }
 
 }  // namespace
@@ -49,7 +55,7 @@ struct Sweep<Element>::Lane {
   Buffer<Element> converted;
   Buffer<Element> packed_y;  // [step][column][depth]
   Buffer<float> sums;
-  const Element* rows = nullptr;  // of the block, row_stride_ apart
+  const char* rows = nullptr;  // of the block, as they are read
 };
 
 template <class Element>
@@ -61,9 +67,10 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
       block_rows_(choose_block_rows(kernels.cache, weight, sizeof(Element))),
       lane_rows_(choose_lane_rows(weight, block_rows_)),
       steps_((weight.cols + tile_.depth - 1) / tile_.depth),
-      direct_((kIsBf16<Element> ? weight.dtype == DType::bf16 : weight.dtype == DType::f32) &&
-              weight.cols % tile_.wide == 0),
+      direct_(!kIsBf16<Element> || (weight.dtype == DType::bf16 && weight.cols % tile_.wide == 0)),
       row_stride_(direct_ ? weight.cols : round_up(weight.cols, tile_.wide) + 32),
+      read_bytes_(direct_ ? size_of(weight.dtype) : sizeof(Element)),
+      row_kernels_(kIsBf16<Element> ? RowKernels{tile_.assign, tile_.add_transposed} : kernels.rows(weight.dtype)),
       part_stride_(round_up(weight.cols, tile_.wide) + 16),  // no power of two: see transposed_tile
       packed_x_(pool.scratch(), steps_ * tile_.depth * max_block) {}
 
@@ -71,7 +78,7 @@ template <class Element>
 std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t max_block, unsigned threads) {
   const std::size_t rows = choose_block_rows(kLargestCache, weight, sizeof(Element));
   const std::size_t part = Scratch::rounded(sizeof(float) * (weight.cols + 80) * max_block);
-  const std::size_t lane = Scratch::rounded(sizeof(Element) * rows * (weight.cols + 96)) +
+  const std::size_t lane = (kIsBf16<Element> ? Scratch::rounded(sizeof(Element) * rows * (weight.cols + 96)) : 0) +
                            Scratch::rounded(sizeof(Element) * rows * max_block) +
                            Scratch::rounded(sizeof(float) * rows * max_block) + part;
   return Scratch::rounded(sizeof(Element) * (weight.cols + 64) * max_block) + part + threads * lane;
@@ -102,7 +109,7 @@ void Sweep<Element>::add_up(std::size_t k, float z_scale, float* z, std::size_t 
     for_each_block(index, [&](std::size_t begin, std::size_t count) { add(begin, count, lane, part); });
     // In their order, which is also that in which tasks are handed out: the one waited for is always at work.
     wait_until([&] { return added.load(std::memory_order_acquire) == index; });
-    for (std::size_t i = 0; index > 0 && i < size; ++i) sum[i] += part[i];
+    if (index > 0) add_to(sum.data(), part, size);
     added.store(index + 1, std::memory_order_release);
   });
   transpose(sum.data(), k, z_scale, z, z_stride);
@@ -166,30 +173,26 @@ void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
       Element* factors = lane.packed_y.data();
       for (std::size_t i = 0; i < rows; ++i) factors[i] = to_element<Element>(signs[begin + first + i * k]);
       std::fill(factors + rows, factors + round_up(rows, tile_.depth), Element{0});
-      tile_.add_transposed(factors, 1, lane.rows + first * row_stride_, k * row_stride_, rows,
-                           round_up(weight_.cols, tile_.wide), part + c * part_stride_, part_stride_);
+      add_columns(factors, 1, lane.rows + first * row_stride_ * read_bytes_, k * row_stride_, rows,
+                  part + c * part_stride_);
     }
   });
 }
 
-// The block's rows as elements, padded with a zero where pairs do not come out even.
+// The block's rows as they lie, or as elements, padded with a zero where pairs do not come out even.
 template <class Element>
 void Sweep<Element>::load_rows(std::size_t begin, std::size_t count, Lane& lane) const {
   const std::size_t bytes = weight_.cols * size_of(weight_.dtype);
   const char* data = static_cast<const char*>(weight_.data) + begin * bytes;
-  if (direct_) {
-    lane.rows = reinterpret_cast<const Element*>(data);
-    return;
-  }
-  lane.rows = lane.converted.data();
-  for (std::size_t i = 0; i < count; ++i) {
-    Element* out = lane.converted.data() + i * row_stride_;
-    if constexpr (kIsBf16<Element>) {
+  lane.rows = data;
+  if constexpr (kIsBf16<Element>) {
+    if (direct_) return;
+    lane.rows = reinterpret_cast<const char*>(lane.converted.data());
+    for (std::size_t i = 0; i < count; ++i) {
+      Element* out = lane.converted.data() + i * row_stride_;
       kernels_.bf16->round_weight(data + i * bytes, weight_.dtype, weight_scale_, out, weight_.cols);
-    } else {
-      kernels_.widen(data + i * bytes, weight_.dtype, out, weight_.cols);
+      std::fill(out + weight_.cols, out + round_up(weight_.cols, tile_.wide), Element{0});
     }
-    std::fill(out + weight_.cols, out + round_up(weight_.cols, tile_.wide), Element{0});
   }
 }
 
@@ -221,14 +224,16 @@ void Sweep<Element>::multiply_rows(std::size_t begin, std::size_t count, std::si
                                    Element* y, std::size_t y_stride) const {
   const Groups groups(k, tile_);
   const std::size_t depth = tile_.depth;
-  const std::size_t piece = std::max<std::size_t>(16, kXBytes / (k * depth * sizeof(Element)));
+  // Kernels for rows as they are stored cut x into pieces by themselves.
+  const std::size_t piece =
+      kIsBf16<Element> ? std::max<std::size_t>(16, kXBytes / (k * depth * sizeof(Element))) : steps_;
   for (std::size_t at = 0; at < steps_; at += piece) {
     const std::size_t steps = std::min(piece, steps_ - at);
     for (std::size_t group = 0; group < groups.count; ++group) {
       const Element* b = packed_x_.data() + (groups.begin(group) * steps_ + at * groups.size(group)) * depth;
-      const StripFunction multiply = at == 0 ? tile_.assign : tile_.accumulate;
-      multiply(lane.rows + at * depth, row_stride_, depth, b, steps, lane.sums.data() + groups.begin(group), k, count,
-               groups.vectors_of(group));
+      const StripFunction multiply = at == 0 ? row_kernels_.assign : tile_.accumulate;
+      multiply(lane.rows + at * depth * sizeof(Element), row_stride_, depth, b, steps,
+               lane.sums.data() + groups.begin(group), k, count, groups.vectors_of(group));
     }
   }
   if constexpr (kIsBf16<Element>) {  // whose sums are far from float's limits; x would have to be rounded again
@@ -243,8 +248,23 @@ template <class Element>
 void Sweep<Element>::multiply_columns(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, const Element* y,
                                       std::size_t y_stride, float* part) const {
   pack(kernels_, y + begin * y_stride, y_stride, count, k, lane.packed_y.data());
-  tile_.add_transposed(lane.packed_y.data(), k, lane.rows, row_stride_, count, round_up(weight_.cols, tile_.wide), part,
-                       part_stride_);
+  add_columns(lane.packed_y.data(), k, lane.rows, row_stride_, count, part);
+}
+
+// part (k × columns) += factorsᵀ·rows, the rows being `stride` elements apart.
+template <class Element>
+void Sweep<Element>::add_columns(const Element* factors, std::size_t k, const char* rows, std::size_t stride,
+                                 std::size_t count, float* part) const {
+  const std::size_t whole = direct_ ? weight_.cols / tile_.wide * tile_.wide : round_up(weight_.cols, tile_.wide);
+  row_kernels_.add_transposed(factors, k, rows, stride, count, whole, part, part_stride_);
+  if (whole >= weight_.cols) return;
+  // What is left of each row, padded with zeros.
+  alignas(64) char rest[kMaxBlockRows * kMaxWide * sizeof(float)] = {};
+  for (std::size_t i = 0; i < count; ++i) {
+    std::memcpy(rest + i * tile_.wide * read_bytes_, rows + (i * stride + whole) * read_bytes_,
+                (weight_.cols - whole) * read_bytes_);
+  }
+  row_kernels_.add_transposed(factors, k, rest, tile_.wide, count, tile_.wide, part + whole, part_stride_);
 }
 
 template class Sweep<float>;

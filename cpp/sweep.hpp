@@ -50,6 +50,8 @@ class Sweep {
   template <class Add>
   void add_up(std::size_t k, float z_scale, float* z, std::size_t z_stride, const Add& add);
   void load_rows(std::size_t begin, std::size_t count, Lane& lane) const;
+  void add_columns(const Element* factors, std::size_t k, const char* rows, std::size_t stride, std::size_t count,
+                   float* part) const;
   void pack_x(const Element* x, std::size_t stride, std::size_t k, float x_scale);
   void multiply_rows(std::size_t begin, std::size_t count, std::size_t k, float x_scale, Lane& lane, Element* y,
                      std::size_t y_stride) const;
@@ -65,11 +67,12 @@ class Sweep {
   const Tile& tile_;
   std::size_t block_rows_;
   std::size_t lane_rows_;
-  std::size_t steps_;  // of a row's dot product
-  bool direct_;        // the weight's rows are elements as they lie
-  std::size_t row_stride_;
-  std::size_t part_stride_;   // of the transposed parts of Z
-  Buffer<Element> packed_x_;  // [group][step][column of the group][depth]
+  std::size_t steps_;                    // of a row's dot product
+  bool direct_;                          // the weight's rows are read as they lie, by kernels for its dtype
+  std::size_t row_stride_, read_bytes_;  // of rows as they are read: in elements, and those of an element
+  RowKernels row_kernels_;               // for rows as they are read
+  std::size_t part_stride_;              // of the transposed parts of Z
+  Buffer<Element> packed_x_;             // [group][step][column of the group][depth]
 };
 
 }  // namespace pissa

@@ -257,8 +257,11 @@ constexpr Bf16Kernels kBf16 = {
 
 const Kernels kAmxBf16 = {"amxbf16",
                           kLargestCache,
-                          make_tile<Float16, 8, 3, 12>(),
-                          make_tile<Double8, 8, 3, 12>(),
+                          kFloatTile,
+                          kDoubleTile,
+                          kRows<Float16>,
+                          kRows<From16<DType::f16>>,
+                          kRows<From16<DType::bf16>>,
                           &kBf16,
                           widen,
                           subtract_bf16,

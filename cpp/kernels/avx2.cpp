@@ -41,6 +41,20 @@ struct Double4 {
   static Register multiply_add(Operand a, Operand b, Register c) { return _mm256_fmadd_pd(a, b, c); }
 };
 
+// 2-byte values as operands of Float8.
+struct FromF16 {
+  using Element = std::uint16_t;
+  static __m256 load(const Element* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+};
+
+struct FromBf16 {
+  using Element = std::uint16_t;
+  static __m256 load(const Element* p) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  }
+};
+
 struct ConvertF16 {
   using Bits = std::uint16_t;
   static float widen(Bits bits) { return _cvtsh_ss(bits); }
@@ -58,9 +72,7 @@ void widen(const void* src, DType dtype, float* dst, std::size_t count) {
     return;
   }
   const std::size_t whole = count - count % 8;
-  for (std::size_t i = 0; i < whole; i += 8) {
-    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits + i))));
-  }
+  for (std::size_t i = 0; i < whole; i += 8) _mm256_storeu_ps(dst + i, FromF16::load(bits + i));
   for (std::size_t i = whole; i < count; ++i) dst[i] = ConvertF16::widen(bits[i]);
 }
 
@@ -116,10 +128,22 @@ bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode
   return quantise_with(widen, src, dtype, count, code, packed, absmax);
 }
 
+template <class From>
+constexpr RowKernels kRows = {multiply_stored<Float8, From, 3, 4, 8>, add_transposed<Float8, From, 6>};
+
 }  // namespace
 
-const Kernels kAvx2 = {
-    "avx2",        512u << 10, make_tile<Float8, 4, 3, 6>(), make_tile<Double4, 4, 3, 6>(), nullptr, widen, subtract,
-    max_magnitude, quantise};
+const Kernels kAvx2 = {"avx2",
+                       512u << 10,
+                       make_tile<Float8, 4, 3, 6>(),
+                       make_tile<Double4, 4, 3, 6>(),
+                       kRows<Float8>,
+                       kRows<FromF16>,
+                       kRows<FromBf16>,
+                       nullptr,
+                       widen,
+                       subtract,
+                       max_magnitude,
+                       quantise};
 
 }  // namespace pissa

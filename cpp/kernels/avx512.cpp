@@ -3,8 +3,17 @@
 
 namespace pissa {
 
-const Kernels kAvx512 = {
-    "avx512",      1u << 20, make_tile<Float16, 8, 3, 12>(), make_tile<Double8, 8, 3, 12>(), nullptr, widen, subtract,
-    max_magnitude, quantise};
+const Kernels kAvx512 = {"avx512",
+                         1u << 20,
+                         kFloatTile,
+                         kDoubleTile,
+                         kRows<Float16>,
+                         kRows<From16<DType::f16>>,
+                         kRows<From16<DType::bf16>>,
+                         nullptr,
+                         widen,
+                         subtract,
+                         max_magnitude,
+                         quantise};
 
 }  // namespace pissa

@@ -53,6 +53,17 @@ inline __m512 load_half(const std::uint16_t* p, DType dtype, __mmask16 lanes) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+// 2-byte values as operands of Float16.
+template <DType dtype>
+struct From16 {
+  using Element = std::uint16_t;
+  static __m512 load(const Element* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (dtype == DType::f16) return _mm512_cvtph_ps(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+};
+
 inline __m256i round_half(__m512 value, DType dtype) {
   if (dtype == DType::f16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   // Integer rounding instead of VCVTNEPS2BF16, which flushes denormals.
@@ -70,10 +81,15 @@ void widen(const void* src, DType dtype, float* dst, std::size_t count) {
     return;
   }
   const auto* bits = static_cast<const std::uint16_t*>(src);
-  for (std::size_t i = 0; i < count; i += 16) {
-    const __mmask16 lanes = first_lanes(count - i);
-    _mm512_mask_storeu_ps(dst + i, lanes, load_half(bits + i, dtype, lanes));
+  std::size_t i = 0;
+  if (dtype == DType::f16) {
+    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(dst + i, From16<DType::f16>::load(bits + i));
+  } else {
+    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(dst + i, From16<DType::bf16>::load(bits + i));
   }
+  if (i == count) return;
+  const __mmask16 lanes = first_lanes(count - i);
+  _mm512_mask_storeu_ps(dst + i, lanes, load_half(bits + i, dtype, lanes));
 }
 
 void subtract_half(std::uint16_t* w, DType dtype, const float* product, std::size_t count, float scale,
@@ -106,6 +122,11 @@ void subtract(void* w, DType dtype, const void* product, std::size_t count, floa
     subtract_half(static_cast<std::uint16_t*>(w), dtype, static_cast<const float*>(product), count, scale, norms);
   }
 }
+
+constexpr Tile kFloatTile = make_tile<Float16, 8, 3, 12>();
+constexpr Tile kDoubleTile = make_tile<Double8, 8, 3, 12>();
+template <class From>
+constexpr RowKernels kRows = {multiply_stored<Float16, From, 3, 8, 16>, add_transposed<Float16, From, 12>};
 
 bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode& code, std::uint8_t* packed,
               float* absmax) {

@@ -10,8 +10,11 @@ constexpr Bf16Kernels kBf16 = {make_tile<Bf16Pair16, 8, 3, 12>(), narrow, round_
 
 const Kernels kAvx512Bf16 = {"avx512bf16",
                              1u << 20,
-                             make_tile<Float16, 8, 3, 12>(),
-                             make_tile<Double8, 8, 3, 12>(),
+                             kFloatTile,
+                             kDoubleTile,
+                             kRows<Float16>,
+                             kRows<From16<DType::f16>>,
+                             kRows<From16<DType::bf16>>,
                              &kBf16,
                              widen,
                              subtract_bf16,

@@ -22,7 +22,7 @@ using StripFunction = void (*)(const void* a, std::size_t a_row, std::size_t a_s
                                void* c, std::size_t c_row, std::size_t rows, std::size_t vectors);
 
 // C += Aᵀ·B, C being k × `columns` and A and B having `rows` rows: A is packed as [step][column][depth] with zeros past
-// the last row, and B's rows lie as they are, `b_row` apart.
+// the last row, and B's rows lie as they are, `b_row` apart. A little beyond B and C is prefetched, but not read.
 using TransposedFunction = void (*)(const void* a, std::size_t k, const void* b, std::size_t b_row, std::size_t rows,
                                     std::size_t columns, void* c, std::size_t c_row);
 
@@ -38,6 +38,13 @@ struct Tile {
   StripFunction assign;
   StripFunction accumulate;
   std::size_t wide;  // add_transposed's columns of B and C come in multiples of it
+  TransposedFunction add_transposed;
+};
+
+// Products of float with a weight's rows as they are stored, which are made float on the way: tile_f32's `assign`
+// (where a_step is 1) with them as A, and `add_transposed` with them as B.
+struct RowKernels {
+  StripFunction assign;
   TransposedFunction add_transposed;
 };
 
@@ -71,7 +78,12 @@ struct Kernels {
   std::size_t cache;  // bytes of a core's second-level cache on CPUs with these instructions, at least
   Tile tile_f32;
   Tile tile_f64;
+  RowKernels f32_rows, f16_rows, bf16_rows;
   const Bf16Kernels* bf16;  // null where there is none: 2-byte weights are then widened to float
+
+  const RowKernels& rows(DType dtype) const {
+    return dtype == DType::f32 ? f32_rows : dtype == DType::f16 ? f16_rows : bf16_rows;
+  }
 
   // dst[i] = src[i] as float, exact.
   void (*widen)(const void* src, DType dtype, float* dst, std::size_t count);

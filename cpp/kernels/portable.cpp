@@ -47,6 +47,17 @@ struct ConvertF16 {
   static Bits round(float value) { return float_to_f16(value); }
 };
 
+// 2-byte values as operands of Plain<float>.
+template <class Convert>
+struct From {
+  using Element = std::uint16_t;
+  static Plain<float>::Operand load(const Element* p) {
+    Plain<float>::Operand r;
+    for (std::size_t i = 0; i < Plain<float>::kWidth; ++i) r.lane[i] = Convert::widen(p[i]);
+    return r;
+  }
+};
+
 void widen(const void* src, DType dtype, float* dst, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) dst[i] = widen_one(src, dtype, i);
 }
@@ -69,12 +80,18 @@ bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode
   return quantise_with(widen, src, dtype, count, code, packed, absmax);
 }
 
+template <class From>
+constexpr RowKernels kRows = {multiply_stored<Plain<float>, From, 2, 2, 4>, add_transposed<Plain<float>, From, 2>};
+
 }  // namespace
 
 const Kernels kPortable = {"portable",
                            512u << 10,
                            make_tile<Plain<float>, 2, 2, 2>(),
                            make_tile<Plain<double>, 2, 2, 2>(),
+                           kRows<Plain<float>>,
+                           kRows<From<ConvertF16>>,
+                           kRows<From<ConvertBf16>>,
                            nullptr,
                            widen,
                            subtract,

@@ -18,12 +18,15 @@ namespace pissa {
 namespace {
 
 // The loops over the tile are unrolled early, for the compiler to keep the sums in registers from the start. Tiles of
-// one vector have two chains of sums, over even and odd steps, to hide the latency of the instruction; more rows would
-// do so too, but the rows of a weight often lie a power of two apart, where the first-level cache holds but eight.
-template <class Op, std::size_t Rows, std::size_t Vectors, bool Adds>
-void multiply_tile(const void* a_begin, std::size_t a_row, std::size_t a_step, const void* b_begin, std::size_t steps,
-                   void* c_begin, std::size_t c_row) {
-  constexpr std::size_t kChains = Vectors == 1 ? 2 : 1;
+// one vector and few rows have two chains of sums, over even and odd steps, to hide the latency of the instruction;
+// more rows do so too, but the rows of a weight often lie a power of two apart, where the first-level cache holds but
+// eight.
+// Where `ARow` is given, it is a_row and a_step is 1: many rows then need few address registers.
+template <class Op, std::size_t Rows, std::size_t Vectors, bool Adds, std::size_t ARow = 0>
+void multiply_tile(const void* a_begin, std::size_t any_a_row, std::size_t any_a_step, const void* b_begin,
+                   std::size_t steps, void* c_begin, std::size_t c_row) {
+  const std::size_t a_row = ARow > 0 ? ARow : any_a_row, a_step = ARow > 0 ? 1 : any_a_step;
+  constexpr std::size_t kChains = Vectors == 1 && Rows <= 8 ? 2 : 1;
   constexpr std::size_t kBStep = Vectors * Op::kWidth * Op::kDepth;
   const auto* a = static_cast<const typename Op::Element*>(a_begin);
   const auto* b = static_cast<const typename Op::Element*>(b_begin);
@@ -68,9 +71,9 @@ void multiply_tile(const void* a_begin, std::size_t a_row, std::size_t a_step, c
 
 using TileFunction = void (*)(const void*, std::size_t, std::size_t, const void*, std::size_t, void*, std::size_t);
 
-template <class Op, std::size_t Vectors, bool Adds, std::size_t... Index>
+template <class Op, std::size_t Vectors, bool Adds, std::size_t ARow = 0, std::size_t... Index>
 constexpr std::array<TileFunction, sizeof...(Index)> tiles_of_rows(std::index_sequence<Index...>) {
-  return {multiply_tile<Op, Index + 1, Vectors, Adds>...};
+  return {multiply_tile<Op, Index + 1, Vectors, Adds, ARow>...};
 }
 
 template <class Op, std::size_t Rows, std::size_t Vectors, bool Adds>
@@ -97,14 +100,74 @@ void multiply_strip(const void* a, std::size_t a_row, std::size_t a_step, const 
   }
 }
 
-// Two vectors of columns of a row, or of the pairs that it makes with the next one (null: zeros).
-template <class Op>
-void load_columns(const typename Op::Element* row, const typename Op::Element* next, typename Op::Operand (&out)[2]) {
+// Two vectors of columns of a row, or of the pairs that it makes with the next one (null: zeros). `From` is Op, or what
+// makes its operands of values stored otherwise.
+template <class Op, class From>
+void load_columns(const typename From::Element* row, const typename From::Element* next,
+                  typename Op::Operand (&out)[2]) {
   if constexpr (Op::kDepth == 1) {
-    out[0] = Op::load(row);
-    out[1] = Op::load(row + Op::kWidth);
+    out[0] = From::load(row);
+    out[1] = From::load(row + Op::kWidth);
   } else {
     Op::load_pairs(row, next, out);
+  }
+}
+
+// Asks for the `bytes` from p on, in the cache of that level. They need not exist.
+template <int Level = 1>
+inline void fetch(const void* p, std::size_t bytes) {
+  for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at, 0, 4 - Level);
+}
+
+// dst[i] = src[i] as an operand; up to a vector's width beyond.
+template <class Op, class From>
+void make_operands(const typename From::Element* src, std::size_t count, typename Op::Element* dst) {
+  const std::size_t whole = count / Op::kWidth * Op::kWidth;
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < whole; i += Op::kWidth) Op::store(dst + i, From::load(src + i));
+  if (whole == count) return;
+  typename From::Element rest[Op::kWidth] = {};
+  std::memcpy(rest, src + whole, (count - whole) * sizeof *src);
+  Op::store(dst + whole, From::load(rest));
+}
+
+// multiply_strip (assigning, a_step 1) for rows of A that are stored as `From`'s elements: they are made operands piece
+// by piece in the first-level cache, where they lie no power of two apart, and stay there beside their piece of B. The
+// next but one is fetched in the meantime: the CPU does not foresee so many rows by itself.
+template <class Op, class From, std::size_t Vectors, std::size_t Rows>
+void multiply_pieces(const typename From::Element* a, std::size_t a_row, const typename Op::Element* b,
+                     std::size_t steps, typename Op::Sum* c, std::size_t c_row, std::size_t rows) {
+  constexpr std::size_t kSteps = 128, kStride = kSteps + 16;
+  static constexpr auto kAssign = tiles_of_rows<Op, Vectors, false, kStride>(std::make_index_sequence<Rows>());
+  static constexpr auto kAdd = tiles_of_rows<Op, Vectors, true, kStride>(std::make_index_sequence<Rows>());
+  alignas(64) typename Op::Element piece[Rows * kStride];
+  for (std::size_t at = 0; at < steps; at += kSteps) {
+    const std::size_t count = steps - at < kSteps ? steps - at : kSteps;
+    for (std::size_t i = 0; i < rows; i += Rows) {
+      const std::size_t size = rows - i < Rows ? rows - i : Rows;
+      for (std::size_t row = 0; row < size; ++row) {
+        const typename From::Element* stored = a + (i + row) * a_row + at;
+        fetch<2>(stored + 2 * kSteps, kSteps * sizeof *stored);
+        make_operands<Op, From>(stored, count, piece + row * kStride);
+      }
+      (at == 0 ? kAssign : kAdd)[size - 1](piece, kStride, 1, b + at * Vectors * Op::kWidth, count, c + i * c_row,
+                                           c_row);
+    }
+  }
+}
+
+template <class Op, class From, std::size_t Vectors, std::size_t Rows, std::size_t NarrowRows>
+void multiply_stored(const void* a_begin, std::size_t a_row, std::size_t, const void* b_begin, std::size_t steps,
+                     void* c_begin, std::size_t c_row, std::size_t rows, std::size_t vectors) {
+  const auto* a = static_cast<const typename From::Element*>(a_begin);
+  const auto* b = static_cast<const typename Op::Element*>(b_begin);
+  auto* c = static_cast<typename Op::Sum*>(c_begin);
+  if (vectors == 1) {
+    multiply_pieces<Op, From, 1, NarrowRows>(a, a_row, b, steps, c, c_row, rows);
+  } else if (vectors == 2) {
+    multiply_pieces<Op, From, 2, Rows>(a, a_row, b, steps, c, c_row, rows);
+  } else {
+    multiply_pieces<Op, From, Vectors, Rows>(a, a_row, b, steps, c, c_row, rows);
   }
 }
 
@@ -112,21 +175,24 @@ constexpr std::size_t kMaxTransposedRows = 128;  // of B at a time
 
 // Rows of C that are two vectors wide: B's rows are the vectors, A's elements are broadcast. The first tile of a strip
 // leaves B's vectors in `strip` for the others: rows of B often lie a power of two apart, where the first-level cache
-// holds but eight of them.
-template <class Op, std::size_t Rows, bool First>
-void transposed_tile(const typename Op::Element* a, std::size_t a_step, const typename Op::Element* b,
+// holds but eight of them. It asks for the next strip, too: with so many rows the CPU does not foresee that by itself.
+template <class Op, class From, std::size_t Rows, bool First>
+void transposed_tile(const typename Op::Element* a, std::size_t a_step, const typename From::Element* b,
                      std::size_t b_row, std::size_t rows, typename Op::Element* strip, typename Op::Sum* c,
                      std::size_t c_row) {
+  constexpr std::size_t kWide = 2 * Op::kWidth;
   typename Op::Register sum[Rows][2];
 #pragma GCC unroll 16
   for (std::size_t i = 0; i < Rows; ++i) {
     sum[i][0] = Op::load_sum(c + i * c_row);
     sum[i][1] = Op::load_sum(c + i * c_row + Op::kWidth);
+    fetch(c + i * c_row + kWide, kWide * sizeof *c);
   }
-  const auto step = [&](const typename Op::Element* next) {
+  const auto step = [&](const typename From::Element* next) {
     typename Op::Operand column[2];
     if constexpr (First) {
-      load_columns<Op>(b, next, column);
+      for (std::size_t d = 0; d < Op::kDepth; ++d) fetch(b + d * b_row + kWide, kWide * sizeof *b);
+      load_columns<Op, From>(b, next, column);
       Op::store(strip, column[0]);
       Op::store(strip + Op::kWidth * Op::kDepth, column[1]);
     } else {
@@ -141,7 +207,7 @@ void transposed_tile(const typename Op::Element* a, std::size_t a_step, const ty
     }
     a += a_step;
     b += Op::kDepth * b_row;
-    strip += 2 * Op::kWidth * Op::kDepth;
+    strip += kWide * Op::kDepth;
   };
   for (std::size_t s = 0; s < rows / Op::kDepth; ++s) step(b + b_row);
   if (rows % Op::kDepth != 0) step(nullptr);
@@ -152,20 +218,20 @@ void transposed_tile(const typename Op::Element* a, std::size_t a_step, const ty
   }
 }
 
-template <class Op, bool First, std::size_t... Index>
+template <class Op, class From, bool First, std::size_t... Index>
 constexpr auto transposed_tiles_of_rows(std::index_sequence<Index...>) {
-  return std::array{transposed_tile<Op, Index + 1, First>...};
+  return std::array{transposed_tile<Op, From, Index + 1, First>...};
 }
 
-template <class Op, std::size_t Rows>
+template <class Op, class From, std::size_t Rows>
 void add_transposed(const void* a_begin, std::size_t k, const void* b_begin, std::size_t b_row, std::size_t rows,
                     std::size_t columns, void* c_begin, std::size_t c_row) {
-  static constexpr auto kFirst = transposed_tiles_of_rows<Op, true>(std::make_index_sequence<Rows>());
-  static constexpr auto kOther = transposed_tiles_of_rows<Op, false>(std::make_index_sequence<Rows>());
+  static constexpr auto kFirst = transposed_tiles_of_rows<Op, From, true>(std::make_index_sequence<Rows>());
+  static constexpr auto kOther = transposed_tiles_of_rows<Op, From, false>(std::make_index_sequence<Rows>());
   constexpr std::size_t kWide = 2 * Op::kWidth;
   alignas(64) typename Op::Element strip[kMaxTransposedRows * kWide];
   const auto* a = static_cast<const typename Op::Element*>(a_begin);
-  const auto* b = static_cast<const typename Op::Element*>(b_begin);
+  const auto* b = static_cast<const typename From::Element*>(b_begin);
   auto* c = static_cast<typename Op::Sum*>(c_begin);
   const std::size_t groups = (k + Rows - 1) / Rows;
   for (std::size_t done = 0; done < rows; done += kMaxTransposedRows) {
@@ -191,7 +257,7 @@ constexpr Tile make_tile() {
           multiply_strip<Op, Rows, Vectors, false>,
           multiply_strip<Op, Rows, Vectors, true>,
           2 * Op::kWidth,
-          add_transposed<Op, TransposedRows>};
+          add_transposed<Op, Op, TransposedRows>};
 }
 
 // The rest is written for one value and left to the compiler, which has the instruction set's vectors.
