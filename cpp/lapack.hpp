@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "bisection.hpp"
+#include "tridiagonal.hpp"
 
 namespace pissa::lapack {
 
@@ -42,10 +42,6 @@ void scipy_sstedc_(const char* compz, const int* n, float* d, float* e, float* z
                    const int* lwork, int* iwork, const int* liwork, int* info);
 void scipy_dstedc_(const char* compz, const int* n, double* d, double* e, double* z, const int* ldz, double* work,
                    const int* lwork, int* iwork, const int* liwork, int* info);
-void scipy_sstein_(const int* n, const float* d, const float* e, const int* m, const float* w, const int* iblock,
-                   const int* isplit, float* z, const int* ldz, float* work, int* iwork, int* ifail, int* info);
-void scipy_dstein_(const int* n, const double* d, const double* e, const int* m, const double* w, const int* iblock,
-                   const int* isplit, double* z, const int* ldz, double* work, int* iwork, int* ifail, int* info);
 void scipy_sormtr_(const char* side, const char* uplo, const char* trans, const int* m, const int* n, const float* a,
                    const int* lda, const float* tau, float* c, const int* ldc, float* work, const int* lwork,
                    int* info);
@@ -101,14 +97,12 @@ template <>
 struct Tridiagonal<float> {
   static constexpr auto reduce = scipy_ssytrd_;
   static constexpr auto solve = scipy_sstedc_;
-  static constexpr auto inverse_iteration = scipy_sstein_;
   static constexpr auto transform = scipy_sormtr_;
 };
 template <>
 struct Tridiagonal<double> {
   static constexpr auto reduce = scipy_dsytrd_;
   static constexpr auto solve = scipy_dstedc_;
-  static constexpr auto inverse_iteration = scipy_dstein_;
   static constexpr auto transform = scipy_dormtr_;
 };
 
@@ -116,30 +110,22 @@ struct Tridiagonal<double> {
 // d, vectors in the last columns of z (n × n). False where LAPACK reports a failure.
 //
 // All of them by divide and conquer, which for many is two to three times faster than bisection and inverse iteration;
-// a few by bisection of several at a time and inverse iteration, unless the matrix falls apart into several.
+// a few by these, unless they lie too close together.
 template <class T>
 bool solve_tridiagonal(std::size_t n, std::size_t count, T* d, T* e, T* z) {
-  const int size = narrow(n), wanted = narrow(count);
-  std::vector<T> work(1 + 4 * n + n * n);
-  std::vector<int> iwork(3 + 5 * n);
-  const int lwork = narrow(work.size()), liwork = narrow(iwork.size());
-  int info = 0;
   constexpr std::size_t kFew = 32;
-  bool whole = true;
-  for (std::size_t i = 0; i + 1 < n; ++i) {
-    whole = whole && std::abs(e[i]) > std::numeric_limits<T>::epsilon() * (std::abs(d[i]) + std::abs(d[i + 1]));
-  }
-  if (whole && count <= kFew && 4 * count <= n) {
+  if (count <= kFew && 4 * count <= n) {
     const std::vector<T> values = largest_by_bisection(n, d, e, count);
-    const std::vector<int> block(n, 1), split(n, size);
-    std::vector<int> failed(n);
-    Tridiagonal<T>::inverse_iteration(&size, d, e, &wanted, values.data(), block.data(), split.data(),
-                                      z + (n - count) * n, &size, work.data(), iwork.data(), failed.data(), &info);
-    if (info == 0) {
+    if (vectors_by_inverse_iteration(n, d, e, values, z + (n - count) * n)) {
       std::copy(values.begin(), values.end(), d + (n - count));
       return true;
     }
   }
+  const int size = narrow(n);
+  std::vector<T> work(1 + 4 * n + n * n);
+  std::vector<int> iwork(3 + 5 * n);
+  const int lwork = narrow(work.size()), liwork = narrow(iwork.size());
+  int info = 0;
   Tridiagonal<T>::solve("I", &size, d, e, z, &size, work.data(), &lwork, iwork.data(), &liwork, &info);
   return info == 0;
 }

@@ -1,0 +1,118 @@
+// A few eigenpairs of tridiagonal matrices: orthonormal, eigen to the precision of the type, and the largest, however
+// close together they lie.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "check.hpp"
+#include "lapack.hpp"
+#include "matrices.hpp"
+
+using namespace pissa;
+
+namespace {
+
+enum class Kind { random, decaying, wilkinson, apart, repeated, constant };
+const Kind kKinds[] = {Kind::random, Kind::decaying, Kind::wilkinson, Kind::apart, Kind::repeated, Kind::constant};
+const char* const kNames[] = {"random", "decaying", "Wilkinson's", "in parts", "repeated", "constant"};
+
+template <class T>
+void make(Kind kind, std::size_t n, double scale, std::vector<T>& d, std::vector<T>& e) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto x = static_cast<double>(i);
+    double diagonal = 0, beside = 0;
+    switch (kind) {
+      case Kind::random:
+        diagonal = random_value(1, i);
+        beside = random_value(2, i);
+        break;
+      case Kind::decaying:  // as that of a Gram matrix
+        diagonal = std::exp(-0.1 * x) * (1 + 0.1 * static_cast<double>(random_value(1, i)));
+        beside = 0.3 * diagonal;
+        break;
+      case Kind::wilkinson:  // pairs of eigenvalues that agree to the last digit
+        diagonal = std::fabs(x - static_cast<double>(n - 1) / 2);
+        beside = 1;
+        break;
+      case Kind::apart:
+        diagonal = random_value(1, i);
+        beside = i % 7 == 6 ? 0 : random_value(2, i);
+        break;
+      case Kind::repeated:
+        diagonal = i % 2;
+        break;
+      case Kind::constant:
+        diagonal = 1;
+        beside = 0.5;
+        break;
+    }
+    d[i] = static_cast<T>(scale * diagonal);
+    e[i] = static_cast<T>(scale * beside);
+  }
+}
+
+// Whether inverse iteration did it.
+template <class T>
+bool check(Kind kind, std::size_t n, std::size_t count, double scale) {
+  const char* name = kNames[static_cast<int>(kind)];
+  std::vector<T> d(n), e(n), z(n * n);
+  make(kind, n, scale, d, e);
+  const std::vector<T> values = largest_by_bisection(n, d.data(), e.data(), count);
+  const bool by_inverse_iteration = vectors_by_inverse_iteration(n, d.data(), e.data(), values, z.data());
+  std::vector<T> found = d, destroyed = e;
+  CHECK(lapack::solve_tridiagonal(n, count, found.data(), destroyed.data(), z.data()), "%s", name);
+  std::vector<T> all = d, other(n * n);
+  destroyed = e;
+  CHECK(lapack::solve_tridiagonal(n, n, all.data(), destroyed.data(), other.data()), "%s", name);
+  const auto at = [&](std::size_t i, std::size_t j) { return static_cast<double>(z[(n - count + j) * n + i]); };
+  double off = 0, residual = 0, angle = 0, norm = 0;
+  for (const T value : all) norm = std::max(norm, std::fabs(static_cast<double>(value)));
+  for (std::size_t j = 0; j < count; ++j) {
+    const auto value = static_cast<double>(found[n - count + j]);
+    off = std::max(off, std::fabs(value - static_cast<double>(all[n - count + j])));
+    for (std::size_t i = 0; i < n; ++i) {
+      double image = static_cast<double>(d[i]) * at(i, j);
+      if (i > 0) image += static_cast<double>(e[i - 1]) * at(i - 1, j);
+      if (i + 1 < n) image += static_cast<double>(e[i]) * at(i + 1, j);
+      residual = std::max(residual, std::fabs(image - value * at(i, j)));
+    }
+    for (std::size_t k = 0; k <= j; ++k) {
+      double sum = 0;
+      for (std::size_t i = 0; i < n; ++i) sum += at(i, j) * at(i, k);
+      angle = std::max(angle, std::fabs(sum - (j == k)));
+    }
+  }
+  const double unit = 100 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  CHECK(off <= unit * norm && residual <= unit * norm && angle <= unit,
+        "%s, %zu of %zu times %g: values off by %g, residual %g, angles %g of %g", name, count, n, scale, off / norm,
+        residual / norm, angle, unit);
+  return by_inverse_iteration;
+}
+
+template <class T>
+void check_all(double smallest, double largest) {
+  for (const double scale : {1.0, smallest, largest}) {
+    for (const Kind kind : kKinds) {
+      for (const std::size_t count : {1u, 15u, 16u, 17u, 32u}) {
+        for (const std::size_t n : {4 * count, 4 * count + 1, 5 * count + 30}) {
+          const bool by_inverse_iteration = check<T>(kind, n, count, scale);
+          const bool expected =
+              kind == Kind::decaying || kind == Kind::constant || (kind == Kind::random && count < 32);
+          CHECK(by_inverse_iteration || !expected, "%s, %zu of %zu times %g: not by inverse iteration",
+                kNames[static_cast<int>(kind)], count, n, scale);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_all<float>(1e-15, 1e15);
+  check_all<double>(1e-30, 1e30);
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
