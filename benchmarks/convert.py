@@ -7,8 +7,8 @@ speed     `pissa-convert SRC DST` and `cp -r SRC DST && sync`, in turns, medians
 official  load the model, PEFT `pissa_niter_4` on all linear layers, save adapter, unload, save: Llama-3.2-1B's shape.
           Ours as it is by default, which is more accurate, and with the fewest --passes that are no less accurate than
           niter_4 on 14 weights. Deficit: the share of the best rank-16 energy that A and B as stored do not capture.
-memory    peak resident set on 70B's shape with 1 to 4 layers, under --max-memory 1GiB, and on 405B's shape; and what
-          --plan says beforehand of memory and disk.
+memory    peak resident set on 70B's shape with 1 to 4 layers, under --max-memory 1GiB, on 405B's shape, and of
+          `--to qpissa`; and what --plan says beforehand of memory and disk, for all 80 layers of 70B, too.
 
 Everything that is measured is a process of its own; its peak is the kernel's VmHWM. FOLDER (default: a new folder in
 the current one) needs 33 GB for `memory`, 17 GB for `speed`.
@@ -123,15 +123,16 @@ def run(*command: str) -> Run:
 
 
 def convert(source: Path, dest: Path, *options: str) -> Run:
-    command = [sys.executable, "-m", "pissa_convert", str(source), str(dest), "--to", "pissa", *options]
+    target = () if "--to" in options else ("--to", "pissa")
+    command = [sys.executable, "-m", "pissa_convert", str(source), str(dest), *target, *options]
     return run(*command) if "--plan" in options else run(*command, "--quiet")
 
 
 @contextmanager
-def checkpoint(folder: Path, shape: str, layers: int) -> Iterator[Path]:
+def checkpoint(folder: Path, shape: str, layers: int, *options: str) -> Iterator[Path]:
     """A made checkpoint, removed afterwards."""
     source = folder / f"{shape}-{layers}"
-    run(sys.executable, GENERATE, shape, str(source), "--layers", str(layers))
+    run(sys.executable, GENERATE, shape, str(source), "--layers", str(layers), *options)
     try:
         yield source
     finally:
@@ -157,10 +158,15 @@ def settle(source: Path, dest: Path, *, cold: bool) -> None:
     time.sleep(1)
 
 
+def planned(source: Path, dest: Path, *options: str) -> dict[str, int]:
+    """Bytes of memory and on disk that --plan says."""
+    said = convert(source, dest.with_name("unmade"), "--plan", *options).stdout
+    return {key: int(re.search(rf"^{key} +(\d+) bytes", said, re.M)[1]) for key in ("memory", "disk")}  # type: ignore[index]
+
+
 def promises(label: str, source: Path, dest: Path, found: Run, *options: str) -> Iterator[Row]:
     """What --plan says of a conversion that was made just now, against what was measured."""
-    said, written = convert(source, dest.with_name("unmade"), "--plan", *options).stdout, size(dest)
-    plan = {key: int(re.search(rf"^{key} +(\d+) bytes", said, re.M)[1]) for key in ("memory", "disk")}  # type: ignore[index]
+    plan, written = planned(source, dest, *options), size(dest)
     off = abs(plan["memory"] / found.peak - 1)
     yield Row(f"--plan's peak is off by, {label}", off, 0.2, False, f"predicted {plan['memory'] / GIB:.3f} GiB")
     yield Row(f"--plan's disk bytes are off by, {label}", abs(plan["disk"] - written), 0, False, f"{written} bytes")
@@ -274,6 +280,13 @@ def memory(folder: Path, layers: int, repeat: int) -> Iterator[Row]:
                 yield from measure(f"70B × {count}", source, 1.0, "--max-memory", "1GiB")
     spread = max(abs(peak * len(peaks) / sum(peaks) - 1) for peak in peaks)
     yield Row("peak's spread around its mean, 70B × 1 to 4", spread, 0.05, False, "")
+    quantised = ("--to", "qpissa", "--rank", "64")
+    with checkpoint(folder, "Llama-3.1-70B", 1) as source:
+        yield from measure("70B × 1", source, 4, *quantised)
+    with checkpoint(folder, "Llama-3.1-70B", 80, "--empty") as source:
+        plan = planned(source, dest, *quantised)
+        detail = f"from {size(source) / 1e9:.1f} GB; {plan['memory'] / GIB:.3f} GiB of memory"
+        yield Row("GB on disk, 70B as QPiSSA, planned", plan["disk"] / 1e9, 45, False, detail)
     with checkpoint(folder, "Llama-3.1-405B", 1) as source:
         yield from measure("405B × 1", source, 4.5)
 

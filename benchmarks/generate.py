@@ -1,11 +1,13 @@
 """Write a checkpoint of a named shape, with any number of layers, as fast as the disk takes it.
 
-    python benchmarks/generate.py {Llama-3.2-1B,Llama-3.1-8B,Llama-3.1-70B,Llama-3.1-405B} FOLDER [--layers N]
+    python benchmarks/generate.py {Llama-3.2-1B,Llama-3.1-8B,Llama-3.1-70B,Llama-3.1-405B} FOLDER [--layers N] [--empty]
 
 Names, shapes, shards of 5 GB, index and config.json are those of the Hub's checkpoint; transformers loads the result.
 The values are made: every weight is a product of random factors whose 256 singular values fall as i^-0.4, as a
 language model's leading ones do, over a bulk of noise that begins where they end. The noise is one vector of a prime
 length, laid end to end: no two rows of a weight are alike, and no random number is drawn per value.
+
+With --empty, only the headers are written: the values are holes that take no room, for what is planned alone.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +131,7 @@ def pieces(noise: Noise, number: int, shape: tuple[int, ...]) -> Iterator[torch.
         yield values.addmm_(left, right)
 
 
-def generate(shape: Shape, folder: Path, layers: int, shard_bytes: int = SHARD_BYTES) -> Path:
+def generate(shape: Shape, folder: Path, layers: int, shard_bytes: int = SHARD_BYTES, *, empty: bool = False) -> Path:
     """Write the checkpoint into a new folder."""
     folder.mkdir(parents=True)
     noise = Noise()
@@ -150,6 +153,9 @@ def generate(shape: Shape, folder: Path, layers: int, shard_bytes: int = SHARD_B
             out.write(header)
             for number, name, size in shard:
                 weight_map[name] = file
+                if empty:
+                    out.truncate(out.seek(2 * math.prod(size), os.SEEK_CUR))
+                    continue
                 for piece in pieces(noise, number, size):
                     out.write(piece.view(torch.int16).numpy().data)
     if len(shards) > 1:
@@ -165,9 +171,10 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="default: as many as the model has")
+    parser.add_argument("--empty", action="store_true")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
-    generate(shape, arguments.folder, arguments.layers or shape.layers)
+    generate(shape, arguments.folder, arguments.layers or shape.layers, empty=arguments.empty)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,14 @@ class Widths:
             most[width] = max(most.get(width, 0), workspace(width))
         return sum(self.threads // width * workspace for width, workspace in most.items())
 
+    def passing(self, works: Iterable[tuple[int, int]]) -> int:
+        """Bytes of what is held only while a tensor is worked on, at most at a time.
+
+        Args:
+            works: of each tensor, its bytes in flight, and those that it holds beside them.
+        """
+        return max((-(-self.threads * held // self(nbytes)) for nbytes, held in works), default=0)
+
 
 @dataclass(frozen=True)
 class MemoryPlan:

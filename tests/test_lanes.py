@@ -46,6 +46,13 @@ def test_workspaces_of_every_width_are_counted_as_many_times_as_there_are_lanes(
     assert widths.total([*works, (50, lambda width: 11)]) == 4 * 11 + 28
 
 
+def test_what_is_held_in_passing_is_counted_as_often_as_there_is_room_for_at_once() -> None:
+    widths = Widths(threads=4, narrowest=1, room=500)
+    assert widths.passing([(100, 10), (400, 28)]) == 4 * 10
+    assert widths.passing([(100, 10), (400, 41)]) == 41
+    assert widths.passing([]) == 0
+
+
 def test_with_little_memory_fewer_lanes_are_planned_before_a_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "resident_bytes", lambda: 100 * MIB)
 

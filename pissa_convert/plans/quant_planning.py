@@ -21,7 +21,7 @@ from pissa_convert.plans.quant_targets import decide_plain, kept_whole, skipped_
 from pissa_convert.plans.split_plan import check_destination, check_not_residual, check_rank, plan_adapter, split_spec
 from pissa_convert.plans.steps import ShardPlan, flights
 from pissa_convert.plans.targets import Action, Decision, decide
-from pissa_convert.transforms.alternate import workspace_bytes
+from pissa_convert.transforms.quantise import workspace_bytes
 
 
 def plan_quantised(
@@ -91,7 +91,9 @@ def plan_quantised(
         places={name: layout.places for name, layout in layouts.items()},
         adapter=adapter,
         skipped=skipped_modules(tensors, decisions, chosen | plain, checkpoint.config),
-        memory=plan_memory(flights(shards), partial(_workspace, shards, backend), at_once, run.max_memory),
+        memory=plan_memory(
+            flights(shards), partial(_workspace, shards, backend, options.compare_loftq), at_once, run.max_memory
+        ),
         backend=backend.name,
     )
 
@@ -120,18 +122,17 @@ def _treatment(
     return Treatment(form, decision.fan_in_fan_out, specs.get(tensor.name), slots.get(tensor.name, ()))
 
 
-def _workspace(shards: Iterable[ShardPlan], backend: Backend, widths: Widths) -> int:
+def _workspace(shards: Iterable[ShardPlan], backend: Backend, compare_loftq: bool, widths: Widths) -> int:
     """Bytes that the lanes take beside the steps' buffers."""
 
-    def lane(step: Quantise, threads: int) -> int:
-        treatment = step.treatment
-        split = treatment.split
-        form = treatment.format
+    def own(step: Quantise, threads: int) -> int:
+        split, form = step.treatment.split, step.treatment.format
         if split is None:
-            return workspace_bytes(None, form)
-        own = backend.workspace_bytes(split, threads), backend.refit_workspace_bytes(split, threads)
+            return 0
         norm = NativeBackend.nuclear_norm_workspace_bytes(form.rows, form.cols, threads)
-        return max(*own, norm) + workspace_bytes(split, form)
+        return max(backend.workspace_bytes(split, threads), backend.refit_workspace_bytes(split, threads), norm)
 
-    steps = (step for shard in shards for step in shard.steps if isinstance(step, Quantise))
-    return widths.total((step.nbytes, partial(lane, step)) for step in steps)
+    steps = [step for shard in shards for step in shard.steps if isinstance(step, Quantise)]
+    return widths.total((step.nbytes, partial(own, step)) for step in steps) + widths.passing(
+        (step.nbytes, workspace_bytes(step.treatment, compare_loftq=compare_loftq)) for step in steps
+    )

@@ -32,7 +32,7 @@ class Adapted:
     Attributes:
         base: Q.
         a, b: bytes of A and B.
-        difference: W − (Q + s·B·A), float32.
+        difference: W − (Q + s·B·A), float32; empty while it is sought.
         error: its norm.
         iterations: quantisations until it was found.
     """
@@ -84,36 +84,47 @@ def _alternate(
 ) -> Adapted:
     """From the base for `goal`; `first` holds an A to begin the search for A and B with, or zeros."""
     best, spare = first, _empty(split, first.base.spec)
+    difference = memoryview(bytearray(4 * split.rows * split.cols))
+
+    def refit(found: Adapted) -> None:
+        quantiser.subtract(weight, found.base, difference)
+        backend.refit(difference, found.a, found.b, split)
+        found.error = quantiser.norm(difference, "F32")
+
     for turn in range(1, iterations + 1):
         quantiser.quantise(goal, spare.base)
-        quantiser.subtract(weight, spare.base, spare.difference)
         spare.a[:] = best.a
-        backend.refit(spare.difference, spare.a, spare.b, split)
-        spare.error, spare.iterations = quantiser.norm(spare.difference, "F32"), turn
+        refit(spare)
+        spare.iterations = turn
         gained = turn == 1 or spare.error < (1 - _GAIN) * best.error
         if turn < iterations and gained:
-            quantiser.relax(spare.base, spare.difference, relaxation, goal)
+            quantiser.relax(spare.base, difference, relaxation, goal)
         if turn == 1 or spare.error < best.error:
             best, spare = spare, best
         if not gained:
             break
+    if best.iterations < turn:
+        refit(best)  # `difference` is another's
+    best.difference = difference
     return best
 
 
 def _empty(split: SplitSpec, form: FourBitSpec) -> Adapted:
     a, b = (memoryview(bytearray(size)) for size in split.factor_bytes)
-    return Adapted(FourBit.empty(form), a, b, memoryview(bytearray(4 * form.rows * form.cols)), 0.0, 0)
+    return Adapted(FourBit.empty(form), a, b, memoryview(b""), 0.0, 0)
 
 
 def _copy(data: memoryview) -> memoryview:
     return memoryview(bytearray(data))
 
 
-def workspace_bytes(split: SplitSpec | None, form: FourBitSpec) -> int:
-    """Bytes of what a weight's work holds beside its step's buffer, the backend's own apart."""
+def workspace_bytes(split: SplitSpec, form: FourBitSpec) -> int:
+    """Bytes of what `alternate` holds, the backend's own apart."""
     values = form.rows * form.cols
-    weight = values * (4 if form.dtype == "F32" else 2)
-    plain = weight + 4 * values + FourBit.nbytes(form)
-    return (
-        plain if split is None else plain + weight + 8 * values + 2 * (FourBit.nbytes(form) + sum(split.factor_bytes))
-    )
+    goal = values * (4 if form.dtype == "F32" else 2)
+    return goal + 4 * values + 2 * result_bytes(split, form)
+
+
+def result_bytes(split: SplitSpec, form: FourBitSpec) -> int:
+    """Bytes of what it returns, the difference apart."""
+    return FourBit.nbytes(form) + sum(split.factor_bytes)

@@ -10,8 +10,8 @@ from pissa_convert.formats.bitsandbytes import fill
 from pissa_convert.linalg import Backend, FourBit, FourBitSpec, SplitSpec
 from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.plans.quant_stats import QuantStats
-from pissa_convert.plans.quant_steps import Quantise
-from pissa_convert.transforms.alternate import alternate, loftq
+from pissa_convert.plans.quant_steps import Quantise, Treatment
+from pissa_convert.transforms import alternate
 from pissa_convert.transforms.merge import transposed
 
 
@@ -72,13 +72,26 @@ class QuantiseLane:
         if split is None:
             return plain, (), QuantStats(norm, plain_error, plain_error)
         plain_nuclear, estimated = quantiser.nuclear_norm(difference, form.rows, form.cols)
-        del difference
-        found = alternate(weight, split, form, self.iterations, self.backend, quantiser)
+        del difference, plain
+        found = alternate.alternate(weight, split, form, self.iterations, self.backend, quantiser)
         nuclear, _ = quantiser.nuclear_norm(found.difference, form.rows, form.cols, zeros=split.rank)
         stats = QuantStats(norm, found.error, plain_error, nuclear, plain_nuclear)
         stats = replace(stats, iterations=found.iterations, estimated=estimated)
+        found.difference = memoryview(b"")
         if self.compare_loftq:
-            other = loftq(weight, split, form, self.iterations, self.backend, quantiser)
+            other = alternate.loftq(weight, split, form, self.iterations, self.backend, quantiser)
             nuclear, _ = quantiser.nuclear_norm(other.difference, form.rows, form.cols, zeros=split.rank)
             stats = replace(stats, loftq_error=other.error, loftq_nuclear=nuclear)
         return found.base, (found.a, found.b), stats
+
+
+def workspace_bytes(treatment: Treatment, *, compare_loftq: bool) -> int:
+    """Bytes of what a lane holds while it quantises a weight, beside the step's buffer and the backend's own."""
+    form, split = treatment.format, treatment.split
+    values = form.rows * form.cols
+    copy = values * (4 if form.dtype == "F32" else 2) if treatment.transposed else 0
+    plain = FourBit.nbytes(form) + 4 * values
+    if split is None:
+        return copy + plain
+    beside = alternate.result_bytes(split, form) if compare_loftq else 0
+    return copy + max(plain, alternate.workspace_bytes(split, form) + beside)
