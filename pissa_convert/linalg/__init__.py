@@ -189,6 +189,11 @@ class FourBitSpec:
     nested: bool
 
     @property
+    def value_bytes(self) -> int:
+        """Of the values, before they are quantised."""
+        return self.rows * self.cols * (4 if self.dtype == "F32" else 2)
+
+    @property
     def packed_bytes(self) -> int:
         """Two codes in a byte."""
         return (self.rows * self.cols + 1) // 2

@@ -120,9 +120,7 @@ def _copy(data: memoryview) -> memoryview:
 
 def workspace_bytes(split: SplitSpec, form: FourBitSpec) -> int:
     """Bytes of what `alternate` holds, the backend's own apart."""
-    values = form.rows * form.cols
-    goal = values * (4 if form.dtype == "F32" else 2)
-    return goal + 4 * values + 2 * result_bytes(split, form)
+    return form.value_bytes + 4 * form.rows * form.cols + 2 * result_bytes(split, form)
 
 
 def result_bytes(split: SplitSpec, form: FourBitSpec) -> int:

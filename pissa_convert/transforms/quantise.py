@@ -88,9 +88,8 @@ class QuantiseLane:
 def workspace_bytes(treatment: Treatment, *, compare_loftq: bool) -> int:
     """Bytes of what a lane holds while it quantises a weight, beside the step's buffer and the backend's own."""
     form, split = treatment.format, treatment.split
-    values = form.rows * form.cols
-    copy = values * (4 if form.dtype == "F32" else 2) if treatment.transposed else 0
-    plain = FourBit.nbytes(form) + 4 * values
+    copy = form.value_bytes if treatment.transposed else 0
+    plain = FourBit.nbytes(form) + 4 * form.rows * form.cols
     if split is None:
         return copy + plain
     beside = alternate.result_bytes(split, form) if compare_loftq else 0
