@@ -35,7 +35,8 @@ void add_up(ThreadPool& pool, const T* partial, std::size_t blocks, std::size_t 
 
 template <class Element>
 void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t p,
-                   const Element* b, std::size_t q, std::size_t stride, double* c) {
+                   const Element* b, std::size_t q, std::size_t stride, double* c,
+                   const std::function<void(std::size_t, std::size_t)>& prepare) {
   const Tile& tile = tile_for<Element>(kernels);
   const std::size_t rows = rows_per_block(n), blocks = (n + rows - 1) / rows;
   const std::size_t width = round_up(p, tile.wide);
@@ -47,6 +48,7 @@ void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, cons
     Buffer<Element> packed(pool.scratch(), kRowsPerPiece * q);
     for (std::size_t at = begin; at < end; at += kRowsPerPiece) {
       const std::size_t count = std::min(kRowsPerPiece, end - at);
+      if (prepare) prepare(at, count);
       pack(kernels, b + at * stride, stride, count, q, packed.data());
       tile.add_transposed(packed.data(), q, a + at * stride, stride, count, width, out, width);
     }
@@ -80,7 +82,7 @@ void exact_cross_product(ThreadPool& pool, std::size_t n, const float* a, std::s
 template <class Element>
 RightFactor<Element>::RightFactor(const Kernels& kernels, ThreadPool& pool, std::size_t p, const double* b,
                                   std::size_t q)
-    : kernels_(kernels), p_(p), width_(round_up(q, 16)), packed_(pool.scratch(), p * width_) {
+    : kernels_(&kernels), p_(p), width_(round_up(q, 16)), packed_(pool.scratch(), p * width_) {
   const Groups groups(width_, tile_for<Element>(kernels));
   Buffer<float> values(pool.scratch(), p * width_);  // row-major
   Buffer<Element> rows(pool.scratch(), p * width_);
@@ -99,7 +101,7 @@ RightFactor<Element>::RightFactor(const Kernels& kernels, ThreadPool& pool, std:
 template <class Element>
 void RightFactor<Element>::add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c,
                                        std::size_t c_stride) const {
-  const Tile& tile = tile_for<Element>(kernels_);
+  const Tile& tile = tile_for<Element>(*kernels_);
   const Groups groups(width_, tile);
   for (std::size_t group = 0; group < groups.count; ++group) {
     tile.accumulate(a, a_stride, tile.depth, packed_.data() + p_ * groups.begin(group), p_ / tile.depth,
@@ -122,9 +124,10 @@ Buffer<float> multiply(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
 }
 
 template void cross_product(const Kernels&, ThreadPool&, std::size_t, const float*, std::size_t, const float*,
-                            std::size_t, std::size_t, double*);
+                            std::size_t, std::size_t, double*, const std::function<void(std::size_t, std::size_t)>&);
 template void cross_product(const Kernels&, ThreadPool&, std::size_t, const std::uint16_t*, std::size_t,
-                            const std::uint16_t*, std::size_t, std::size_t, double*);
+                            const std::uint16_t*, std::size_t, std::size_t, double*,
+                            const std::function<void(std::size_t, std::size_t)>&);
 template class RightFactor<float>;
 template class RightFactor<std::uint16_t>;
 template Buffer<float> multiply(const Kernels&, ThreadPool&, std::size_t, const float*, std::size_t, std::size_t,

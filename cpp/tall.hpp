@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 
 #include "buffer.hpp"
 #include "kernels/kernels.hpp"
@@ -14,10 +15,12 @@ namespace pissa {
 constexpr std::size_t kReadBeyond = 16;
 
 // c (p × q, column-major) = aᵀ·b for a (n × p, and kReadBeyond) and b (n × q) of the same stride. Blocks are multiplied
-// in float and added in double in the order of the rows, whatever the threads.
+// in float and added in double in the order of the rows, whatever the threads. `prepare` is called for every range of
+// rows just before they are read.
 template <class Element>
 void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t p,
-                   const Element* b, std::size_t q, std::size_t stride, double* c);
+                   const Element* b, std::size_t q, std::size_t stride, double* c,
+                   const std::function<void(std::size_t begin, std::size_t rows)>& prepare = {});
 
 // The same in double throughout.
 void exact_cross_product(ThreadPool& pool, std::size_t n, const float* a, std::size_t p, const float* b, std::size_t q,
@@ -35,7 +38,7 @@ class RightFactor {
   void add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c, std::size_t c_stride) const;
 
  private:
-  const Kernels& kernels_;
+  const Kernels* kernels_;
   std::size_t p_, width_;
   Buffer<Element> packed_;  // [group][step][column][depth]
 };
