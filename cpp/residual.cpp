@@ -11,7 +11,9 @@
 namespace pissa {
 namespace {
 
-constexpr std::size_t kRowsPerTask = 32;
+// A task's rows pass block by block over a piece of the right factor that stays in the second-level cache.
+constexpr std::size_t kBlockRows = 32, kMaxBlocks = 4, kMinTasks = 8;
+constexpr std::size_t kFactorBytes = 1u << 20;
 constexpr std::size_t kStripsPerPiece = 8;
 constexpr std::size_t kMaxProduct = 32 * kStripsPerPiece * 32;  // of a tile's rows with a piece's columns
 constexpr std::size_t kMaxColumns = 64 * kStripsPerPiece;       // of a piece
@@ -48,34 +50,28 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
   // Operands of a bf16 product are exact as they are; the others can take the scaling with them.
   const double folded = kIsBf16<Element> ? 1.0 : scaling;
   const auto unfolded = static_cast<Sum>(kIsBf16<Element> ? scaling : 1.0);
-  const std::size_t tasks = (weight.rows + kRowsPerTask - 1) / kRowsPerTask;
-  std::vector<TileNorms> norms(tasks);
-  pool.run(tasks, [&](std::size_t task) {
+  // Rows [begin, end) of the weight, whose left factor is packed in `a`, and strips [first, last).
+  const auto subtract_block = [&](const Element* a, std::size_t begin, std::size_t end, std::size_t first,
+                                  std::size_t last, TileNorms& norms) {
     alignas(64) Sum product[kMaxProduct];
-    const std::size_t begin = task * kRowsPerTask;
-    const std::size_t end = std::min(weight.rows, begin + kRowsPerTask);
-    Buffer<Element> a(pool.scratch(), (end - begin) * steps * depth);
-    std::fill(a.begin(), a.end(), Element{0});
-    for (std::size_t i = begin; i < end; ++i) {
-      convert(kernels, left + i * rank, folded, a.data() + (i - begin) * steps * depth, rank);
-    }
-    std::size_t done = 0;  // strips
     if constexpr (kIsBf16<Element>) {
       if (kernels.bf16->subtract_product != nullptr && (end - begin) % tile.rows == 0) {
-        done = weight.cols / strip;
-        kernels.bf16->subtract_product(static_cast<std::uint16_t*>(weight.data) + begin * weight.cols, weight.cols,
-                                       end - begin, done, a.data(), packed.data(), steps, static_cast<float>(scaling),
-                                       norm_scale, norms[task]);
+        const std::size_t whole = std::min(last, weight.cols / strip);
+        auto* place = static_cast<std::uint16_t*>(weight.data) + begin * weight.cols + first * strip;
+        kernels.bf16->subtract_product(place, weight.cols, end - begin, whole - first, a,
+                                       packed.data() + first * steps * depth * strip, steps,
+                                       static_cast<float>(scaling), norm_scale, norms);
+        first = whole;
       }
     }
-    for (std::size_t s = done; s < strips; s += kStripsPerPiece) {
-      const std::size_t piece = std::min(kStripsPerPiece, strips - s);
-      const std::size_t first = s * strip;
-      const std::size_t columns = std::min(piece * strip, weight.cols - first);
+    for (std::size_t s = first; s < last; s += kStripsPerPiece) {
+      const std::size_t piece = std::min(kStripsPerPiece, last - s);
+      const std::size_t left_column = s * strip;
+      const std::size_t columns = std::min(piece * strip, weight.cols - left_column);
       for (std::size_t i = begin; i < end; i += tile.rows) {
         const std::size_t rows = std::min(tile.rows, end - i);
         const auto place = [&](std::size_t row) {
-          return static_cast<char*>(weight.data) + ((i + row) * weight.cols + first) * size_of(weight.dtype);
+          return static_cast<char*>(weight.data) + ((i + row) * weight.cols + left_column) * size_of(weight.dtype);
         };
         for (std::size_t row = 0; row < rows; ++row) {  // to arrive while the product is computed
           for (std::size_t at = 0; at < columns * size_of(weight.dtype); at += 64)
@@ -83,7 +79,7 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
         }
         for (std::size_t p = 0; p < piece; ++p) {
           const Element* b = packed.data() + (s + p) * steps * depth * strip;
-          tile.assign(a.data() + (i - begin) * steps * depth, steps * depth, depth, b, steps, product + p * strip,
+          tile.assign(a + (i - begin) * steps * depth, steps * depth, depth, b, steps, product + p * strip,
                       piece * strip, rows, tile.vectors);
         }
         if (unfolded != Sum{1}) {
@@ -94,11 +90,29 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
           if (std::is_same_v<Sum, float> && weight.dtype == DType::f32) {
             double wide[kMaxColumns];
             std::copy_n(values, columns, wide);
-            kernels.subtract(place(row), weight.dtype, wide, columns, norm_scale, norms[task]);
+            kernels.subtract(place(row), weight.dtype, wide, columns, norm_scale, norms);
           } else {
-            kernels.subtract(place(row), weight.dtype, values, columns, norm_scale, norms[task]);
+            kernels.subtract(place(row), weight.dtype, values, columns, norm_scale, norms);
           }
         }
+      }
+    }
+  };
+  const std::size_t blocks = (weight.rows + kBlockRows - 1) / kBlockRows;
+  const std::size_t task_rows = std::clamp<std::size_t>(blocks / kMinTasks, 1, kMaxBlocks) * kBlockRows;
+  const std::size_t pieces = (packed.size() * sizeof(Element) + kFactorBytes - 1) / kFactorBytes;
+  std::vector<TileNorms> norms((weight.rows + task_rows - 1) / task_rows);
+  pool.run(norms.size(), [&](std::size_t task) {
+    const std::size_t begin = task * task_rows, end = std::min(weight.rows, begin + task_rows);
+    Buffer<Element> a(pool.scratch(), kBlockRows * steps * depth);
+    std::fill(a.begin(), a.end(), Element{0});
+    for (std::size_t piece = 0; piece < pieces; ++piece) {
+      for (std::size_t first = begin; first < end; first += kBlockRows) {
+        const std::size_t last = std::min(end, first + kBlockRows);
+        for (std::size_t i = first; i < last; ++i) {
+          convert(kernels, left + i * rank, folded, a.data() + (i - first) * steps * depth, rank);
+        }
+        subtract_block(a.data(), first, last, strips * piece / pieces, strips * (piece + 1) / pieces, norms[task]);
       }
     }
   });

@@ -84,20 +84,19 @@ std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t ma
   return Scratch::rounded(sizeof(Element) * (weight.cols + 64) * max_block) + part + threads * lane;
 }
 
-// The lane's blocks of rows, in their order.
+// The lane's rows, so many at a time, in their order.
 template <class Element>
 template <class Task>
-void Sweep<Element>::for_each_block(std::size_t index, const Task& task) const {
+void Sweep<Element>::for_each_block(std::size_t index, std::size_t rows, const Task& task) const {
   const std::size_t stop = std::min(weight_.rows, (index + 1) * lane_rows_);
-  for (std::size_t begin = index * lane_rows_; begin < stop; begin += block_rows_) {
-    task(begin, std::min(block_rows_, stop - begin));
-  }
+  for (std::size_t begin = index * lane_rows_; begin < stop; begin += rows) task(begin, std::min(rows, stop - begin));
 }
 
 // Z's sums are kept transposed, so that a row of W is read as it lies: part_stride_ apart, k rows.
 template <class Element>
 template <class Add>
-void Sweep<Element>::add_up(std::size_t k, float z_scale, float* z, std::size_t z_stride, const Add& add) {
+void Sweep<Element>::add_up(std::size_t k, float z_scale, float* z, std::size_t z_stride, std::size_t rows,
+                            const Add& add) {
   const std::size_t size = part_stride_ * k;
   Buffer<float> sum(pool_.scratch(), size);
   std::atomic<std::size_t> added{0};
@@ -106,7 +105,7 @@ void Sweep<Element>::add_up(std::size_t k, float z_scale, float* z, std::size_t 
     Buffer<float> own(pool_.scratch(), index == 0 ? 0 : size);
     float* part = index == 0 ? sum.data() : own.data();
     std::memset(part, 0, sizeof(float) * size);
-    for_each_block(index, [&](std::size_t begin, std::size_t count) { add(begin, count, lane, part); });
+    for_each_block(index, rows, [&](std::size_t begin, std::size_t count) { add(begin, count, lane, part); });
     // In their order, which is also that in which tasks are handed out: the one waited for is always at work.
     wait_until([&] { return added.load(std::memory_order_acquire) == index; });
     if (index > 0) add_to(sum.data(), part, size);
@@ -133,7 +132,7 @@ template <class Element>
 void Sweep<Element>::power_step(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
                                 std::size_t y_stride, float z_scale, float* z) {
   pack_x(x, x_stride, k, x_scale);
-  add_up(k, z_scale, z, k, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+  add_up(k, z_scale, z, k, block_rows_, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
     multiply_rows(begin, count, k, x_scale, lane, y, y_stride);
     multiply_columns(begin, count, k, lane, y, y_stride, part);
@@ -146,7 +145,7 @@ void Sweep<Element>::product(const Element* x, std::size_t x_stride, std::size_t
   pack_x(x, x_stride, k, x_scale);
   pool_.run(lanes(), [&](std::size_t index) {
     Lane lane(*this, k);
-    for_each_block(index, [&](std::size_t begin, std::size_t count) {
+    for_each_block(index, block_rows_, [&](std::size_t begin, std::size_t count) {
       load_rows(begin, count, lane);
       multiply_rows(begin, count, k, x_scale, lane, y, y_stride);
     });
@@ -156,7 +155,7 @@ void Sweep<Element>::product(const Element* x, std::size_t x_stride, std::size_t
 template <class Element>
 void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, std::size_t k, float z_scale, float* z,
                                         std::size_t z_stride) {
-  add_up(k, z_scale, z, z_stride, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+  add_up(k, z_scale, z, z_stride, block_rows_, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
     multiply_columns(begin, count, k, lane, y, y_stride, part);
   });
@@ -164,7 +163,9 @@ void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, 
 
 template <class Element>
 void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
-  add_up(k, 1.0f, z, k, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+  // Rows that are read as they lie need no room, and there is but one product: so many at once that each column of z is
+  // read and written once.
+  add_up(k, 1.0f, z, k, direct_ ? lane_rows_ : block_rows_, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
     for (std::size_t c = 0; c < k; ++c) {
       const std::size_t first = (c + k - begin % k) % k;  // row of the block that column c sums, as every k-th after it

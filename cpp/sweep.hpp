@@ -45,10 +45,10 @@ class Sweep {
  private:
   struct Lane;  // what one task works with
   template <class Task>
-  void for_each_block(std::size_t index, const Task& task) const;
-  // Calls add(first row, rows, lane, part of zᵀ) block by block.
+  void for_each_block(std::size_t index, std::size_t rows, const Task& task) const;
+  // Calls add(first row, rows, lane, part of zᵀ) for all rows, so many at a time.
   template <class Add>
-  void add_up(std::size_t k, float z_scale, float* z, std::size_t z_stride, const Add& add);
+  void add_up(std::size_t k, float z_scale, float* z, std::size_t z_stride, std::size_t rows, const Add& add);
   void load_rows(std::size_t begin, std::size_t count, Lane& lane) const;
   void add_columns(const Element* factors, std::size_t k, const char* rows, std::size_t stride, std::size_t count,
                    float* part) const;
