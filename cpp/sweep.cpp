@@ -26,7 +26,7 @@ std::size_t min_lanes(const Weight& weight) {
 
 std::size_t choose_block_rows(std::size_t cache, const Weight& weight, std::size_t element_bytes) {
   const std::size_t beside = weight.cols * kBesideColumns * (element_bytes + sizeof(float));
-  const std::size_t left = cache - std::min(cache, cache / 4 + beside);
+  const std::size_t left = cache - std::min(cache, cache / 2 + beside);
   const std::size_t row = weight.cols * size_of(weight.dtype);
   const std::size_t fitting = left / std::max<std::size_t>(1, row);
   const std::size_t rows = std::clamp(fitting / 32 * 32, kMinBlockRows, kMaxBlockRows);
