@@ -109,12 +109,12 @@ struct Tridiagonal<double> {
 // The `count` largest eigenpairs of the tridiagonal matrix d, e (e destroyed), ascending: values in the last places of
 // d, vectors in the last columns of z (n × n). False where LAPACK reports a failure.
 //
-// All of them by divide and conquer, which for many is two to three times faster than bisection and inverse iteration;
-// a few by these, unless they lie too close together.
+// A part of them by bisection and inverse iteration, unless they lie too close together; many, whose vectors would have
+// to be made orthogonal to each other, by divide and conquer, which finds all.
 template <class T>
 bool solve_tridiagonal(std::size_t n, std::size_t count, T* d, T* e, T* z) {
-  constexpr std::size_t kFew = 32;
-  if (count <= kFew && 4 * count <= n) {
+  constexpr std::size_t kMany = 128;
+  if (count <= kMany && 2 * count <= n) {
     const std::vector<T> values = largest_by_bisection(n, d, e, count);
     if (vectors_by_inverse_iteration(n, d, e, values, z + (n - count) * n)) {
       std::copy(values.begin(), values.end(), d + (n - count));

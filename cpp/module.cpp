@@ -216,7 +216,7 @@ pissa::RitzTriplets ritz_triplets(const py::buffer& gram, std::size_t size, std:
   const pissa::Buffer<double> matrix = copy_in(pool, gram, size * size, "gram");
   const pissa::Buffer<double> found = copy_in(pool, vectors, values.size() * size, "vectors");
   const py::gil_scoped_release release;
-  return pissa::ritz_triplets(pool, matrix, size, values.size(), block, values, found);
+  return pissa::ritz_triplets(matrix, size, values.size(), block, values, found);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ RitzTriplets rayleigh_ritz(ThreadPool& pool, Buffer<double> gram, std::size_t k,
                            std::size_t block, bool exact);
 
 // The same where the eigenpairs are known: `values` (rank, descending) and `vectors` (k × rank, column-major).
-RitzTriplets ritz_triplets(ThreadPool& pool, const Buffer<double>& gram, std::size_t k, std::size_t rank,
-                           std::size_t block, const std::vector<double>& values, const Buffer<double>& vectors);
+RitzTriplets ritz_triplets(const Buffer<double>& gram, std::size_t k, std::size_t rank, std::size_t block,
+                           const std::vector<double>& values, const Buffer<double>& vectors);
 
 }  // namespace pissa
