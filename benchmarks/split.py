@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,10 +97,8 @@ class Ours:
 
     def __init__(self) -> None:
         self.whole = _core.Splitter(usable_cpus())
-        self.single: queue.SimpleQueue[_core.Splitter] = queue.SimpleQueue()
-        for _ in range(usable_cpus()):
-            self.single.put(_core.Splitter(1))
-        self.workers = ThreadPoolExecutor(usable_cpus())
+        self.single = [_core.Splitter(1) for _ in range(usable_cpus())]
+        self.lanes = ThreadPoolExecutor(usable_cpus())
 
     def __call__(self, weights: Sequence[torch.Tensor], rank: int) -> tuple[float, list[Result]]:
         work = []
@@ -115,15 +112,16 @@ class Ours:
         if len(work) == 1:
             results = [self._split(self.whole, *work[0])]
         else:
-            results = list(self.workers.map(self._split_alone, work))
-        return time.perf_counter() - started, results
+            numbered: list[Result | None] = [None] * len(work)
+            waiting = iter(enumerate(work))  # each lane takes the next as soon as it is free
 
-    def _split_alone(self, item: tuple[SplitSpec, Any, Any, Any]) -> Result:
-        splitter = self.single.get()
-        try:
-            return self._split(splitter, *item)
-        finally:
-            self.single.put(splitter)
+            def lane(splitter: _core.Splitter) -> None:
+                for index, item in waiting:
+                    numbered[index] = self._split(splitter, *item)
+
+            list(self.lanes.map(lane, self.single))
+            results = [result for result in numbered if result is not None]
+        return time.perf_counter() - started, results
 
     @staticmethod
     def _split(splitter: _core.Splitter, spec: SplitSpec, raw: Any, a: Any, b: Any) -> Result:

@@ -108,7 +108,7 @@ std::optional<Factors> factor_exactly(const Kernels& kernels, ThreadPool& pool, 
   if (!std::isfinite(trace)) throw std::domain_error("holds NaN or infinity");
   std::vector<double> values(rank);
   Buffer<T> vectors(pool.scratch(), small * rank), other(pool.scratch(), large * rank);
-  if (!lapack::largest_eigenpairs(small, gram.data(), rank, values.data(), vectors.data())) {
+  if (!lapack::largest_eigenpairs(kernels, pool.scratch(), small, gram.data(), rank, values.data(), vectors.data())) {
     throw std::runtime_error("LAPACK stedc did not converge");
   }
   if (!kIsDouble && values[rank - 1] < kPrecise * kPrecise * values[0]) return std::nullopt;
@@ -207,7 +207,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     finder->advance_to(next, last);
     result.sweep_seconds += seconds_since(start);
     start = Clock::now();
-    ritz = rayleigh_ritz(pool, finder->gram(exact), basis.columns(), rank, count, kBlock, exact);
+    ritz = rayleigh_ritz(kernels, pool, finder->gram(exact), basis.columns(), rank, count, kBlock, exact);
     if (basis.exhausted) ritz.estimated_deficit = 0;
     result.ritz_seconds += seconds_since(start);
     // A few directions far above all others, or a W of low rank: the others drown in the rounding of what is computed

@@ -1,4 +1,5 @@
-// The BLAS and LAPACK entry points in use. Column-major; the symbols carry scipy-openblas32's prefix.
+// The BLAS and LAPACK entry points in use, and what is built of them. Column-major; the symbols carry
+// scipy-openblas32's prefix.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +8,8 @@
 #include <limits>
 #include <vector>
 
+#include "buffer.hpp"
+#include "kernels/kernels.hpp"
 #include "tridiagonal.hpp"
 
 namespace pissa::lapack {
@@ -34,8 +37,6 @@ void scipy_sgeqrf_(const int* m, const int* n, float* a, const int* lda, float* 
                    int* info);
 void scipy_sorgqr_(const int* m, const int* n, const int* k, float* a, const int* lda, const float* tau, float* work,
                    const int* lwork, int* info);
-void scipy_ssytrd_(const char* uplo, const int* n, float* a, const int* lda, float* d, float* e, float* tau,
-                   float* work, const int* lwork, int* info);
 void scipy_dsytrd_(const char* uplo, const int* n, double* a, const int* lda, double* d, double* e, double* tau,
                    double* work, const int* lwork, int* info);
 void scipy_sstedc_(const char* compz, const int* n, float* d, float* e, float* z, const int* ldz, float* work,
@@ -95,13 +96,11 @@ template <class T>
 struct Tridiagonal;  // LAPACK's names for T
 template <>
 struct Tridiagonal<float> {
-  static constexpr auto reduce = scipy_ssytrd_;
   static constexpr auto solve = scipy_sstedc_;
   static constexpr auto transform = scipy_sormtr_;
 };
 template <>
 struct Tridiagonal<double> {
-  static constexpr auto reduce = scipy_dsytrd_;
   static constexpr auto solve = scipy_dstedc_;
   static constexpr auto transform = scipy_dormtr_;
 };
@@ -130,19 +129,62 @@ bool solve_tridiagonal(std::size_t n, std::size_t count, T* d, T* e, T* z) {
   return info == 0;
 }
 
-// The `count` largest eigenvalues (descending) of symmetric a (n × n, upper, destroyed) and their vectors (n × count).
-// False where LAPACK reports a failure.
-template <class T>
-bool largest_eigenpairs(std::size_t n, T* a, std::size_t count, double* values, T* vectors) {
-  const int size = narrow(n), wanted = narrow(count);
-  std::vector<T> d(n), e(n), tau(n), z(n * n), work(64 * n);
+// Symmetric a (n × n, rows and columns `stride` ≥ n apart) as Q·T·Qᵀ with T tridiagonal: its diagonal d and what is
+// beside it e; Q as reflections in a and tau. False where a is not finite.
+inline bool reduce(const Kernels&, std::size_t n, std::size_t stride, double* a, double* d, double* e, double* tau) {
+  const int size = narrow(n), lda = narrow(stride);
+  std::vector<double> work(64 * n);
   const int lwork = narrow(work.size());
   int info = 0;
-  Tridiagonal<T>::reduce("U", &size, a, &size, d.data(), e.data(), tau.data(), work.data(), &lwork, &info);
-  if (info != 0 || !solve_tridiagonal(n, count, d.data(), e.data(), z.data())) return false;
-  T* last = z.data() + (n - count) * n;
-  Tridiagonal<T>::transform("L", "U", "N", &size, &wanted, a, &size, tau.data(), last, &size, work.data(), &lwork,
-                            &info);
+  scipy_dsytrd_("L", &size, a, &lda, d, e, tau, work.data(), &lwork, &info);
+  return info == 0;
+}
+
+inline bool reduce(const Kernels& kernels, std::size_t n, std::size_t stride, float* a, float* d, float* e,
+                   float* tau) {
+  const float largest = kernels.max_magnitude(a, DType::f32, stride * stride);
+  if (!std::isfinite(largest)) return false;
+  // Squares are to stay inside of float's range.
+  const int exponent = largest > 0 ? std::clamp(std::ilogb(largest), -120, 120) : 0;
+  const float down = std::ldexp(1.0f, -exponent), up = std::ldexp(1.0f, exponent);
+  for (std::size_t i = 0; i < stride * stride; ++i) a[i] *= down;
+  std::vector<float> work(4 * stride);
+  kernels.tridiagonalize(a, n, stride, d, e, tau, work.data());
+  for (std::size_t i = 0; i < n; ++i) d[i] *= up;
+  for (std::size_t i = 0; i + 1 < n; ++i) e[i] *= up;
+  return true;
+}
+
+inline std::size_t reduced_stride(std::size_t n) { return (n + 15) / 16 * 16; }
+
+// Symmetric a (n × n, given by its upper triangle or, transposed, by its lower one) in full, padded with zeros.
+template <class T>
+Buffer<T> in_full(Scratch& scratch, std::size_t n, const T* a, bool lower) {
+  const std::size_t stride = reduced_stride(n);
+  Buffer<T> full(scratch, stride * stride);
+  std::fill(full.begin(), full.end(), T{0});
+  for (std::size_t j = 0; j < n; ++j) {
+    const std::size_t begin = lower ? j : 0, end = lower ? n : j + 1;
+    for (std::size_t i = begin; i < end; ++i) full[j * stride + i] = full[i * stride + j] = a[j * n + i];
+  }
+  return full;
+}
+
+// The `count` largest eigenvalues (descending) of symmetric a (n × n, upper) and their vectors (n × count). False where
+// LAPACK reports a failure, or a is not finite.
+template <class T>
+bool largest_eigenpairs(const Kernels& kernels, Scratch& scratch, std::size_t n, const T* a, std::size_t count,
+                        double* values, T* vectors) {
+  Buffer<T> full = in_full(scratch, n, a, false), z(scratch, n * n), work(scratch, 64 * n);
+  std::vector<T> d(n), e(n), tau(n);
+  if (!reduce(kernels, n, reduced_stride(n), full.data(), d.data(), e.data(), tau.data()) ||
+      !solve_tridiagonal(n, count, d.data(), e.data(), z.data())) {
+    return false;
+  }
+  const int size = narrow(n), wanted = narrow(count), lda = narrow(reduced_stride(n)), lwork = narrow(work.size());
+  int info = 0;
+  Tridiagonal<T>::transform("L", "L", "N", &size, &wanted, full.data(), &lda, tau.data(), z.data() + (n - count) * n,
+                            &size, work.data(), &lwork, &info);
   if (info != 0) return false;
   for (std::size_t i = 0; i < count; ++i) {
     values[i] = static_cast<double>(d[n - 1 - i]);
@@ -167,15 +209,16 @@ inline void rank_update(char trans, std::size_t n, std::size_t k, const double* 
 }
 
 // Diagonal d and beside it e of a tridiagonal matrix with the eigenvalues of symmetric a (n × n, lower, destroyed).
-// False where LAPACK reports a failure.
-template <class T>
-bool tridiagonalize(std::size_t n, T* a, T* d, T* e) {
-  const int size = narrow(n);
-  std::vector<T> tau(n), work(64 * n);
-  const int lwork = narrow(work.size());
-  int info = 0;
-  Tridiagonal<T>::reduce("L", &size, a, &size, d, e, tau.data(), work.data(), &lwork, &info);
-  return info == 0;
+// False as above.
+inline bool tridiagonalize(const Kernels& kernels, Scratch&, std::size_t n, double* a, double* d, double* e) {
+  std::vector<double> tau(n);
+  return reduce(kernels, n, n, a, d, e, tau.data());
+}
+
+inline bool tridiagonalize(const Kernels& kernels, Scratch& scratch, std::size_t n, float* a, float* d, float* e) {
+  Buffer<float> full = in_full(scratch, n, a, true);
+  std::vector<float> tau(n);
+  return reduce(kernels, n, reduced_stride(n), full.data(), d, e, tau.data());
 }
 
 }  // namespace pissa::lapack

@@ -75,7 +75,7 @@ TridiagonalMatrix reduced_gram(const Kernels& kernels, ThreadPool& pool, const W
                         at == 0 ? T{0} : T{1}, gram.data());
   }
   std::vector<T> diagonal(small), beside(small);
-  if (!lapack::tridiagonalize(small, gram.data(), diagonal.data(), beside.data())) {
+  if (!lapack::tridiagonalize(kernels, pool.scratch(), small, gram.data(), diagonal.data(), beside.data())) {
     throw std::runtime_error("LAPACK sytrd failed");
   }
   return {{diagonal.begin(), diagonal.end()}, {beside.begin(), beside.end()}};
@@ -144,13 +144,14 @@ Sums dot(const Buffer<float>& a, const Buffer<float>& b, std::size_t rows) {
 }
 
 // eᵀ·√T·e for the first unit vector e and the tridiagonal T of a Lanczos run.
-double quadrature(const std::array<Sums, kSteps>& diagonal, const std::array<Sums, kSteps>& beside, std::size_t probe) {
+double quadrature(const Kernels& kernels, Scratch& scratch, const std::array<Sums, kSteps>& diagonal,
+                  const std::array<Sums, kSteps>& beside, std::size_t probe) {
   std::vector<double> matrix(kSteps * kSteps), values(kSteps), vectors(kSteps * kSteps);
   for (std::size_t j = 0; j < kSteps; ++j) {
     matrix[j * kSteps + j] = diagonal[j][probe];
     if (j > 0) matrix[j * kSteps + j - 1] = beside[j - 1][probe];
   }
-  if (!lapack::largest_eigenpairs(kSteps, matrix.data(), kSteps, values.data(), vectors.data())) {
+  if (!lapack::largest_eigenpairs(kernels, scratch, kSteps, matrix.data(), kSteps, values.data(), vectors.data())) {
     throw std::runtime_error("LAPACK stedc did not converge");
   }
   double sum = 0;
@@ -199,7 +200,7 @@ double estimate_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Wei
   // The probes estimate the sum of squares, too, which is known: they err alike in both.
   double sum = 0, squares = 0;
   for (std::size_t c = 0; c < kProbes; ++c) {
-    sum += quadrature(diagonal, beside, c);
+    sum += quadrature(kernels, pool.scratch(), diagonal, beside, c);
     squares += diagonal[0][c];
   }
   const double each = static_cast<double>(rows) / kProbes;
@@ -214,7 +215,10 @@ NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight&
 std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads) {
   const std::size_t small = std::min(weight.rows, weight.cols);
   if (small <= kExactSide) {
-    return Scratch::rounded(sizeof(double) * small * kColumns) + Scratch::rounded(sizeof(double) * small * small) +
+    const std::size_t full = lapack::reduced_stride(small);
+    return Scratch::rounded(sizeof(double) * small * kColumns) +
+           std::max(Scratch::rounded(sizeof(double) * small * small),
+                    2 * Scratch::rounded(sizeof(float) * full * full)) +
            sizeof(double) * (small * 128 + 2048);
   }
   return Sweep<float>::workspace_bytes(weight, kProbes, threads) +

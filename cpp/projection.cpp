@@ -48,7 +48,7 @@ Factors project(const Kernels& kernels, ThreadPool& pool, const Weight& weight, 
   } else {
     cross_product(kernels, pool, weight.cols, z.data(), k, z.data(), k, k, gram.data());
   }
-  const RitzTriplets ritz = rayleigh_ritz(pool, std::move(gram), k, rank, rank, k, exact);
+  const RitzTriplets ritz = rayleigh_ritz(kernels, pool, std::move(gram), k, rank, rank, k, exact);
   std::vector<double> unscaled(ritz.vectors);
   for (double& value : unscaled) value = std::ldexp(value, before);
   Buffer<float> to_left = multiply(kernels, pool, weight.rows, u.data(), k, k, unscaled.data(), rank);

@@ -79,13 +79,12 @@ RitzTriplets triplets_of(const Buffer<T>& m, std::size_t k, std::size_t rank, st
 }
 
 template <class T>
-RitzTriplets solve(ThreadPool& pool, const Buffer<T>& m, std::size_t k, std::size_t rank, std::size_t count,
-                   std::size_t block) {
+RitzTriplets solve(const Kernels& kernels, ThreadPool& pool, const Buffer<T>& m, std::size_t k, std::size_t rank,
+                   std::size_t count, std::size_t block) {
   const std::size_t found = std::min(count, k);
   std::vector<double> values(count, 0.0);
-  Buffer<T> destroyed(pool.scratch(), k * k), vectors(pool.scratch(), k * found);
-  std::copy(m.begin(), m.end(), destroyed.begin());
-  if (!lapack::largest_eigenpairs(k, destroyed.data(), found, values.data(), vectors.data())) {
+  Buffer<T> vectors(pool.scratch(), k * found);
+  if (!lapack::largest_eigenpairs(kernels, pool.scratch(), k, m.data(), found, values.data(), vectors.data())) {
     throw std::runtime_error("LAPACK stedc did not converge");
   }
   return triplets_of(m, k, rank, block, values, vectors);
@@ -98,12 +97,12 @@ RitzTriplets ritz_triplets(const Buffer<double>& gram, std::size_t k, std::size_
   return triplets_of(gram, k, rank, block, values, vectors);
 }
 
-RitzTriplets rayleigh_ritz(ThreadPool& pool, Buffer<double> gram, std::size_t k, std::size_t rank, std::size_t count,
-                           std::size_t block, bool exact) {
-  if (exact) return solve(pool, gram, k, rank, count, block);
+RitzTriplets rayleigh_ritz(const Kernels& kernels, ThreadPool& pool, Buffer<double> gram, std::size_t k,
+                           std::size_t rank, std::size_t count, std::size_t block, bool exact) {
+  if (exact) return solve(kernels, pool, gram, k, rank, count, block);
   Buffer<float> narrow(pool.scratch(), k * k);
   std::transform(gram.begin(), gram.end(), narrow.begin(), [](double value) { return static_cast<float>(value); });
-  return solve(pool, narrow, k, rank, count, block);
+  return solve(kernels, pool, narrow, k, rank, count, block);
 }
 
 }  // namespace pissa

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "buffer.hpp"
+#include "kernels/kernels.hpp"
 #include "thread_pool.hpp"
 
 namespace pissa {
@@ -23,8 +24,8 @@ struct RitzTriplets {
 // `gram` is YᵀY (k × k, destroyed), each pass having added `block` columns. Vectors come for the `count` ≥ rank
 // largest, zero where there are fewer than that. `exact` solves in double. Throws std::runtime_error where LAPACK
 // fails.
-RitzTriplets rayleigh_ritz(ThreadPool& pool, Buffer<double> gram, std::size_t k, std::size_t rank, std::size_t count,
-                           std::size_t block, bool exact);
+RitzTriplets rayleigh_ritz(const Kernels& kernels, ThreadPool& pool, Buffer<double> gram, std::size_t k,
+                           std::size_t rank, std::size_t count, std::size_t block, bool exact);
 
 // The same where the eigenpairs are known: `values` (rank, descending) and `vectors` (k × rank, column-major).
 RitzTriplets ritz_triplets(const Buffer<double>& gram, std::size_t k, std::size_t rank, std::size_t block,

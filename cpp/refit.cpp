@@ -48,7 +48,8 @@ struct Triplets {
 };
 
 // From YᵀY and ZᵀZ. None where Y's columns are dependent.
-std::optional<Triplets> triplets_of(std::vector<double>& y_gram, const std::vector<double>& z_gram, std::size_t rank) {
+std::optional<Triplets> triplets_of(const Kernels& kernels, Scratch& scratch, std::vector<double>& y_gram,
+                                    const std::vector<double>& z_gram, std::size_t rank) {
   std::vector<double> r(rank * rank), inverse(rank * rank), half(rank * rank), inner(rank * rank), vectors(rank * rank);
   if (!cholesky(rank, y_gram, r, inverse)) return std::nullopt;
   lapack::gemm('N', 'N', rank, rank, rank, 1.0, z_gram.data(), rank, inverse.data(), rank, 0.0, half.data(), rank);
@@ -56,7 +57,7 @@ std::optional<Triplets> triplets_of(std::vector<double>& y_gram, const std::vect
   Triplets found;
   found.squares.resize(rank);
   found.to_basis.resize(rank * rank);
-  if (!lapack::largest_eigenpairs(rank, inner.data(), rank, found.squares.data(), vectors.data()) ||
+  if (!lapack::largest_eigenpairs(kernels, scratch, rank, inner.data(), rank, found.squares.data(), vectors.data()) ||
       !(found.squares.back() > 0)) {
     return std::nullopt;
   }
@@ -86,7 +87,7 @@ std::optional<Factors> follow(const Kernels& kernels, ThreadPool& pool, const Sp
     double before = 0;
     for (std::size_t i = 0; i < rank; ++i) before += y_gram[i * rank + i];
     const std::vector<double> z_gram = gram_of(kernels, pool, z, weight.cols, width, rank);
-    const std::optional<Triplets> found = triplets_of(y_gram, z_gram, rank);
+    const std::optional<Triplets> found = triplets_of(kernels, pool.scratch(), y_gram, z_gram, rank);
     if (!found) return std::nullopt;
     Factors factors;
     factors.right = multiply(kernels, pool, weight.cols, z.data(), width, rank, found->to_basis.data(), rank);

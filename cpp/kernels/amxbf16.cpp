@@ -266,6 +266,7 @@ const Kernels kAmxBf16 = {"amxbf16",
                           widen,
                           subtract_bf16,
                           max_magnitude,
-                          quantise};
+                          quantise,
+                          tridiagonalize};
 
 }  // namespace pissa

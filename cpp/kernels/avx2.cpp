@@ -144,6 +144,7 @@ const Kernels kAvx2 = {"avx2",
                        widen,
                        subtract,
                        max_magnitude,
-                       quantise};
+                       quantise,
+                       tridiagonalize};
 
 }  // namespace pissa

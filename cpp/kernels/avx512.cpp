@@ -14,6 +14,7 @@ const Kernels kAvx512 = {"avx512",
                          widen,
                          subtract,
                          max_magnitude,
-                         quantise};
+                         quantise,
+                         tridiagonalize};
 
 }  // namespace pissa

@@ -19,6 +19,7 @@ const Kernels kAvx512Bf16 = {"avx512bf16",
                              widen,
                              subtract_bf16,
                              max_magnitude,
-                             quantise};
+                             quantise,
+                             tridiagonalize};
 
 }  // namespace pissa

@@ -95,6 +95,11 @@ struct Kernels {
   // finite.
   bool (*quantise)(const void* src, DType dtype, std::size_t count, const FourBitCode& code, std::uint8_t* packed,
                    float* absmax);
+  // Symmetric a (n × n, and zeros up to `stride` × `stride`, a multiple of 16) as Q·T·Qᵀ with T tridiagonal, its
+  // diagonal and what is beside it. Q is left in a and tau as LAPACK's sytrd leaves it ("L"). `work` is 4 × stride. The
+  // largest element should be of order one.
+  void (*tridiagonalize)(float* a, std::size_t n, std::size_t stride, float* diagonal, float* beside, float* tau,
+                         float* work);
 };
 
 // The best the CPU has, or the one that the environment variable PISSA_CONVERT_KERNEL names.

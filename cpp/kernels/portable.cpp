@@ -96,6 +96,7 @@ const Kernels kPortable = {"portable",
                            widen,
                            subtract,
                            max_magnitude,
-                           quantise};
+                           quantise,
+                           tridiagonalize};
 
 }  // namespace pissa

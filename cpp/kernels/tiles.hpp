@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "kernels/householder.hpp"
 #include "kernels/kernels.hpp"
 #include "kernels/scalar.hpp"
 
