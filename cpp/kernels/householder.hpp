@@ -69,6 +69,10 @@ inline float dot_product(const float* a, const float* b, std::size_t begin, std:
 // Up to here, both halves of the matrix are updated: they lie in cache, and rows need not be summed up.
 constexpr std::size_t kWhole = 256;
 
+// A square beside a largest element of order one. Smaller ones would be sums of denormals, and reflections by them not
+// orthogonal.
+constexpr float kNoSquare = 0x1p-100f;
+
 // See Kernels::tridiagonalize. LAPACK's sytrd reads the matrix for half of its work and multiplies panels for the other
 // half; here an element is read once for a reflection: it is updated by the last one and multiplied by the next one
 // while it is in a register.
@@ -87,7 +91,7 @@ void tridiagonalize(float* a, std::size_t n, std::size_t stride, float* diagonal
     const float first = row[k + 1], square = dot_product(next, next, begin, stride);
     tau[k] = 0;
     beside[k] = first;
-    if (square > 0) {
+    if (square > kNoSquare) {
       const float length = std::copysign(std::sqrt(first * first + square), first), inverse = 1 / (first + length);
       tau[k] = (first + length) / length;
       beside[k] = -length;
