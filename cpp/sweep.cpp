@@ -163,23 +163,22 @@ void Sweep<Element>::transposed_product(const Element* y, std::size_t y_stride, 
 
 template <class Element>
 void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
-  // Rows that are read as they lie need no room, and there is but one product: so many at once that each column of z is
-  // read and written once.
-  add_up(k, 1.0f, z, k, direct_ ? lane_rows_ : block_rows_,
-         [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
-           load_rows(begin, count, lane);
-           for (std::size_t c = 0; c < k; ++c) {
-             const std::size_t first =
-                 (c + k - begin % k) % k;  // row of the block that column c sums, as every k-th after it
-             if (first >= count) continue;
-             const std::size_t rows = (count - first + k - 1) / k;
-             Element* factors = lane.packed_y.data();
-             for (std::size_t i = 0; i < rows; ++i) factors[i] = to_element<Element>(signs[begin + first + i * k]);
-             std::fill(factors + rows, factors + round_up(rows, tile_.depth), Element{0});
-             add_columns(factors, 1, lane.rows + first * row_stride_ * read_bytes_, k * row_stride_, rows,
-                         part + c * part_stride_);
-           }
-         });
+  // There is but one product, and rows that are read as they lie need no room: as many at once as there are, so that
+  // the columns of z are read and written once.
+  const std::size_t at_once = direct_ ? lane_rows_ : block_rows_;
+  add_up(k, 1.0f, z, k, at_once, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
+    load_rows(begin, count, lane);
+    for (std::size_t c = 0; c < k; ++c) {
+      const std::size_t first = (c + k - begin % k) % k;  // row of these that column c sums, as every k-th after it
+      if (first >= count) continue;
+      const std::size_t rows = (count - first + k - 1) / k;
+      Element* factors = lane.packed_y.data();
+      for (std::size_t i = 0; i < rows; ++i) factors[i] = to_element<Element>(signs[begin + first + i * k]);
+      std::fill(factors + rows, factors + round_up(rows, tile_.depth), Element{0});
+      add_columns(factors, 1, lane.rows + first * row_stride_ * read_bytes_, k * row_stride_, rows,
+                  part + c * part_stride_);
+    }
+  });
 }
 
 // The block's rows as they lie, or as elements, padded with a zero where pairs do not come out even.
