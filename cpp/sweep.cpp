@@ -27,7 +27,7 @@ std::size_t min_lanes(const Weight& weight) {
 std::size_t choose_block_rows(std::size_t cache, const Weight& weight, std::size_t element_bytes) {
   const std::size_t beside = weight.cols * kBesideColumns * (element_bytes + sizeof(float));
   const std::size_t left = cache - std::min(cache, cache / 2 + beside);
-  const std::size_t row = weight.cols * size_of(weight.dtype);
+  const std::size_t row = weight.cols * std::min(size_of(weight.dtype), element_bytes);  // as it is multiplied
   const std::size_t fitting = left / std::max<std::size_t>(1, row);
   const std::size_t rows = std::clamp(fitting / 32 * 32, kMinBlockRows, kMaxBlockRows);
   return std::min(rows, round_up(std::max<std::size_t>(weight.rows / min_lanes(weight), 1), kMinBlockRows));
