@@ -89,6 +89,11 @@ def test_killed_at_two_hundred_random_moments(smol: Path, smol_pissa: Path, tmp_
     kill_at_random_moments(smol, digests(smol_pissa), tmp_path, 200)
 
 
+def heed_signals() -> None:
+    """What shells start in the background ignores SIGINT, and so would what we start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
 def test_signals_stop_cleanly_and_say_how_to_continue(
     smol: Path, smol_pissa: Path, tmp_path: Path, number: int, name: str
@@ -96,9 +101,9 @@ def test_signals_stop_cleanly_and_say_how_to_continue(
     arguments = [COMMAND, str(smol), str(tmp_path / "out"), "--to", "pissa"]
     journal = tmp_path / "out" / JOURNAL
     for _ in range(10):  # a busy machine may deliver the signal when all is done
-        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not journal.exists():  # work has begun
-            time.sleep(0.001)
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals)
+        while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+            time.sleep(0.01)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
         if process.returncode:
