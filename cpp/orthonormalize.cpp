@@ -74,10 +74,9 @@ struct Candidate {
 
   // [the q columns before it, block]ᵀ·block after the update, (q + k) × k.
   void products(const Update& update, std::size_t q, std::vector<double>& result) {
+    apply(update);
     result.resize((q + k) * k);
-    cross_product(kernels, pool, n, block - q, q + k, block, k, stride, result.data(),
-                  [&](std::size_t begin, std::size_t rows) { apply(update, begin, rows); });
-    applied(update);
+    cross_product(kernels, pool, n, block - q, q + k, block, k, stride, result.data());
   }
 
   const Kernels& kernels;

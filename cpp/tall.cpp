@@ -35,8 +35,7 @@ void add_up(ThreadPool& pool, const T* partial, std::size_t blocks, std::size_t 
 
 template <class Element>
 void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t p,
-                   const Element* b, std::size_t q, std::size_t stride, double* c,
-                   const std::function<void(std::size_t, std::size_t)>& prepare) {
+                   const Element* b, std::size_t q, std::size_t stride, double* c) {
   const Tile& tile = tile_for<Element>(kernels);
   const std::size_t rows = rows_per_block(n), blocks = (n + rows - 1) / rows;
   const std::size_t width = round_up(p, tile.wide);
@@ -48,7 +47,6 @@ void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, cons
     Buffer<Element> packed(pool.scratch(), kRowsPerPiece * q);
     for (std::size_t at = begin; at < end; at += kRowsPerPiece) {
       const std::size_t count = std::min(kRowsPerPiece, end - at);
-      if (prepare) prepare(at, count);
       pack(kernels, b + at * stride, stride, count, q, packed.data());
       tile.add_transposed(packed.data(), q, a + at * stride, stride, count, width, out, width);
     }
@@ -124,10 +122,9 @@ Buffer<float> multiply(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
 }
 
 template void cross_product(const Kernels&, ThreadPool&, std::size_t, const float*, std::size_t, const float*,
-                            std::size_t, std::size_t, double*, const std::function<void(std::size_t, std::size_t)>&);
+                            std::size_t, std::size_t, double*);
 template void cross_product(const Kernels&, ThreadPool&, std::size_t, const std::uint16_t*, std::size_t,
-                            const std::uint16_t*, std::size_t, std::size_t, double*,
-                            const std::function<void(std::size_t, std::size_t)>&);
+                            const std::uint16_t*, std::size_t, std::size_t, double*);
 template class RightFactor<float>;
 template class RightFactor<std::uint16_t>;
 template Buffer<float> multiply(const Kernels&, ThreadPool&, std::size_t, const float*, std::size_t, std::size_t,

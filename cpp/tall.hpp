@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstddef>
-#include <functional>
 
 #include "buffer.hpp"
 #include "kernels/kernels.hpp"
@@ -15,12 +14,10 @@ namespace pissa {
 constexpr std::size_t kReadBeyond = 16;
 
 // c (p × q, column-major) = aᵀ·b for a (n × p, and kReadBeyond) and b (n × q) of the same stride. Blocks are multiplied
-// in float and added in double in the order of the rows, whatever the threads. `prepare` is called for every range of
-// rows just before they are read.
+// in float and added in double in the order of the rows, whatever the threads.
 template <class Element>
 void cross_product(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t p,
-                   const Element* b, std::size_t q, std::size_t stride, double* c,
-                   const std::function<void(std::size_t begin, std::size_t rows)>& prepare = {});
+                   const Element* b, std::size_t q, std::size_t stride, double* c);
 
 // The same in double throughout.
 void exact_cross_product(ThreadPool& pool, std::size_t n, const float* a, std::size_t p, const float* b, std::size_t q,
