@@ -44,39 +44,48 @@ void householder_qr(ThreadPool& pool, std::size_t n, float* z, std::size_t k, do
 // A block on its way into the basis: z in float, and rounded in its columns of x.
 template <class Element>
 struct Candidate {
-  // What is next to be done with z, in one pass that also rounds it: z ← z·inverse − basis·taken over the q columns
-  // before it, without an inverse z − basis·taken.
-  struct Update {
+  // z ← z·inverse − basis·taken over the q columns before it, in one pass; without an inverse z itself.
+  void update(const double* inverse, std::size_t q, const std::vector<double>& taken) {
+    std::vector<double> negative(taken.size());
+    std::transform(taken.begin(), taken.end(), negative.begin(), std::negate<>());
     std::optional<RightFactor<float>> triangle;
+    if (inverse != nullptr) triangle.emplace(kernels, pool, k, inverse, k);
     std::optional<RightFactor<Element>> components;
-    std::size_t q = 0;
-  };
-
-  Update update_by(const double* inverse, std::size_t q, const std::vector<double>& taken) const {
-    Update update;
-    update.q = q;
-    if (inverse != nullptr) update.triangle.emplace(kernels, pool, k, inverse, k);
-    if (q > 0) {
-      std::vector<double> negative(taken.size());
-      std::transform(taken.begin(), taken.end(), negative.begin(), std::negate<>());
-      update.components.emplace(kernels, pool, q, negative.data(), k);
-    }
-    return update;
-  }
-
-  void apply(const Update& update) {
-    pool.run((n + kRowsPerProduct - 1) / kRowsPerProduct, [&](std::size_t index) {
-      const std::size_t begin = index * kRowsPerProduct;
-      apply(update, begin, std::min(kRowsPerProduct, n - begin));
+    if (q > 0) components.emplace(kernels, pool, q, negative.data(), k);
+    for_row_ranges([&](std::size_t begin, std::size_t rows) {
+      float* out = spare + begin * k;
+      if (triangle) {
+        std::fill_n(out, rows * k, 0.0f);
+        triangle->add_product(z + begin * k, k, rows, out, k);
+      } else {
+        std::copy_n(z + begin * k, rows * k, out);
+      }
+      if (components) components->add_product(block + begin * stride - q, stride, rows, out, k);
+      round_rows(out, begin, rows);
     });
-    applied(update);
+    std::swap(z, spare);
   }
 
-  // [the q columns before it, block]ᵀ·block after the update, (q + k) × k.
-  void products(const Update& update, std::size_t q, std::vector<double>& result) {
-    apply(update);
+  void round() {
+    for_row_ranges([&](std::size_t begin, std::size_t rows) { round_rows(z + begin * k, begin, rows); });
+  }
+
+  // [the q columns before it, block]ᵀ·block, (q + k) × k.
+  void products(std::size_t q, std::vector<double>& result) {
     result.resize((q + k) * k);
     cross_product(kernels, pool, n, block - q, q + k, block, k, stride, result.data());
+  }
+
+  template <class Task>
+  void for_row_ranges(const Task& task) {
+    pool.run((n + kRowsPerProduct - 1) / kRowsPerProduct, [&](std::size_t index) {
+      const std::size_t begin = index * kRowsPerProduct;
+      task(begin, std::min(kRowsPerProduct, n - begin));
+    });
+  }
+
+  void round_rows(const float* from, std::size_t begin, std::size_t rows) {
+    for (std::size_t i = 0; i < rows; ++i) round_to(kernels, from + i * k, block + (begin + i) * stride, k);
   }
 
   const Kernels& kernels;
@@ -86,28 +95,6 @@ struct Candidate {
   std::size_t stride;
   float* z;
   float* spare;
-
- private:
-  static bool changes(const Update& update) { return update.triangle || update.components; }
-
-  void apply(const Update& update, std::size_t begin, std::size_t rows) const {
-    const float* from = z + begin * k;
-    float* out = changes(update) ? spare + begin * k : z + begin * k;
-    if (update.triangle) {
-      std::fill_n(out, rows * k, 0.0f);
-      update.triangle->add_product(from, k, rows, out, k);
-    } else if (out != from) {
-      std::copy_n(from, rows * k, out);
-    }
-    if (update.components) {
-      update.components->add_product(block + begin * stride - update.q, stride, rows, out, k);
-    }
-    for (std::size_t i = 0; i < rows; ++i) round_to(kernels, out + i * k, block + (begin + i) * stride, k);
-  }
-
-  void applied(const Update& update) {
-    if (changes(update)) std::swap(z, spare);
-  }
 };
 
 double trace(const std::vector<double>& matrix, std::size_t k) {
@@ -148,13 +135,13 @@ Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
                        std::size_t p, std::size_t recent, float* z, std::size_t k) {
   Buffer<float> spare(pool.scratch(), n * k);
   Candidate<Element> candidate{kernels, pool, n, k, x + p, stride, z, spare.data()};
-  typename Candidate<Element>::Update update;  // to come with the next products: it is at first none
   Extension result;
   std::vector<double> product, taken, gram(k * k), r(k * k), inverse(k * k);
+  candidate.round();
   double share = 1;  // of z's square that the rounds so far have left
   for (int round = 0; round < kMaxRounds; ++round) {
     std::size_t q = round == 0 ? recent : p;
-    candidate.products(update, q, product);
+    candidate.products(q, product);
     taken.resize(q * k);
     for (std::size_t c = 0; c < k; ++c) {
       std::copy_n(product.data() + c * (q + k), q, taken.data() + c * q);
@@ -171,9 +158,10 @@ Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
       }
     }
     if (cancels) {
-      candidate.products(candidate.update_by(nullptr, q, taken), 0, gram);
+      candidate.update(nullptr, q, taken);
       q = 0;
       taken.clear();
+      candidate.products(0, gram);
     }
     share *= trace(gram, k) / before;
     result.exhausted = !(share > kExhausted * kExhausted);
@@ -183,21 +171,18 @@ Extension extend_basis(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
         const std::vector<double> components = taken;
         lapack::gemm('N', 'N', q, k, k, 1.0, components.data(), q, inverse.data(), k, 0.0, taken.data(), q);
       }
-      update = candidate.update_by(inverse.data(), q, taken);
+      candidate.update(inverse.data(), q, taken);
     } else {
-      if (q > 0) candidate.apply(candidate.update_by(nullptr, q, taken));
+      if (q > 0) candidate.update(nullptr, q, taken);
       householder_qr(pool, n, candidate.z, k, r.data());
-      update = {};
+      candidate.round();
       result.householder = true;
     }
     // Without a second round the loss of orthogonality grows from pass to pass, and copies of converged singular values
     // appear. A third is due to columns of which the second left little: they were not far from the rounding noise.
     double smallest = 1;
     for (std::size_t j = 0; j < k; ++j) smallest = std::min(smallest, std::fabs(r[j * k + j]));
-    if (round > 0 && smallest > 0.5) {
-      candidate.apply(update);
-      return result;
-    }
+    if (round > 0 && smallest > 0.5) return result;
   }
   result.exhausted = true;  // what is left is the basis again, as it was rounded
   return result;

@@ -80,7 +80,7 @@ void exact_cross_product(ThreadPool& pool, std::size_t n, const float* a, std::s
 template <class Element>
 RightFactor<Element>::RightFactor(const Kernels& kernels, ThreadPool& pool, std::size_t p, const double* b,
                                   std::size_t q)
-    : kernels_(&kernels), p_(p), width_(round_up(q, 16)), packed_(pool.scratch(), p * width_) {
+    : kernels_(kernels), p_(p), width_(round_up(q, 16)), packed_(pool.scratch(), p * width_) {
   const Groups groups(width_, tile_for<Element>(kernels));
   Buffer<float> values(pool.scratch(), p * width_);  // row-major
   Buffer<Element> rows(pool.scratch(), p * width_);
@@ -99,7 +99,7 @@ RightFactor<Element>::RightFactor(const Kernels& kernels, ThreadPool& pool, std:
 template <class Element>
 void RightFactor<Element>::add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c,
                                        std::size_t c_stride) const {
-  const Tile& tile = tile_for<Element>(*kernels_);
+  const Tile& tile = tile_for<Element>(kernels_);
   const Groups groups(width_, tile);
   for (std::size_t group = 0; group < groups.count; ++group) {
     tile.accumulate(a, a_stride, tile.depth, packed_.data() + p_ * groups.begin(group), p_ / tile.depth,

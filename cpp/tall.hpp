@@ -35,7 +35,7 @@ class RightFactor {
   void add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c, std::size_t c_stride) const;
 
  private:
-  const Kernels* kernels_;
+  const Kernels& kernels_;
   std::size_t p_, width_;
   Buffer<Element> packed_;  // [group][step][column][depth]
 };
