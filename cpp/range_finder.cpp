@@ -57,6 +57,10 @@ RangeFinder<Element>::RangeFinder(const Kernels& kernels, ThreadPool& pool, cons
       norm = std::ldexp(sketch(std::ldexp(1.0f, -magnitude), key), magnitude);
     }
   }
+  if (basis_.weight_exponent == 0 && sweep_.can_read_halves()) {
+    halves_.emplace(kernels, pool, weight);
+    sweep_.read_halves();
+  }
   basis_.exponent = std::clamp(std::ilogb(norm / std::sqrt(static_cast<double>(block))), -120, 120);
   basis_.householder = extend_basis(kernels, pool, weight.cols, x_.data(), stride_, 0, 0, z_.data(), block).householder;
 }
@@ -158,7 +162,7 @@ std::size_t RangeFinder<Element>::workspace_bytes(const Weight& weight, std::siz
   return Scratch::rounded(weight.rows * stride) + Scratch::rounded(weight.cols * stride) +
          2 * Scratch::rounded(sizeof(float) * weight.cols * block) +
          2 * Scratch::rounded(sizeof(double) * columns * columns) +
-         Sweep<Element>::workspace_bytes(weight, block, threads);
+         Sweep<Element>::workspace_bytes(weight, block, threads) + Halves::workspace_bytes(weight);
 }
 
 template class RangeFinder<float>;

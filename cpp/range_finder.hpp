@@ -10,9 +10,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "buffer.hpp"
+#include "halves.hpp"
 #include "sweep.hpp"
 
 namespace pissa {
@@ -68,6 +70,7 @@ class RangeFinder {
   bool zero_ = false;
   bool out_of_range_ = false;
   Sweep<Element> sweep_;
+  std::optional<Halves> halves_;
   std::size_t stride_;  // of x and y
   Buffer<Element> x_;
   Buffer<Element> y_;

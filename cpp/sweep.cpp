@@ -84,6 +84,17 @@ std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t ma
   return Scratch::rounded(sizeof(Element) * (weight.cols + 64) * max_block) + part + threads * lane;
 }
 
+template <class Element>
+bool Sweep<Element>::can_read_halves() const {
+  return kIsBf16<Element> && weight_.dtype == DType::f32 && weight_.cols % tile_.wide == 0;
+}
+
+template <class Element>
+void Sweep<Element>::read_halves() {
+  direct_ = true;
+  row_stride_ = 2 * weight_.cols;
+}
+
 // The lane's rows, so many at a time, in their order.
 template <class Element>
 template <class Task>

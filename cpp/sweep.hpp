@@ -27,6 +27,10 @@ class Sweep {
   // From now on W stands for W·scale, a power of two: only where W is rounded to bf16 from another dtype.
   void scale_weight(float scale) { weight_scale_ = scale; }
 
+  // From now on W is read as what Halves has made of it. Where this can be, W need not be converted by each product.
+  bool can_read_halves() const;
+  void read_halves();
+
   // y (rows × k) = round(W·x·x_scale), z (cols × k, contiguous) = Wᵀ·y·z_scale for exactly the y that is returned.
   // x is cols × k; the scales are powers of two.
   void power_step(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,

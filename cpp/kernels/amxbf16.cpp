@@ -250,6 +250,8 @@ constexpr Bf16Kernels kBf16 = {
     {kPairs, kSide, 2 * kSide, 2, kSide, multiply_strip<false>, multiply_strip<true>, kVector, add_transposed},
     narrow,
     round_weight,
+    take_apart,
+    put_together,
     pack_pairs,
     subtract_product};
 

@@ -152,5 +152,30 @@ void round_weight(const void* src, DType dtype, float scale, std::uint16_t* dst,
   }
 }
 
+// The halves are written where the row's values have been read already, from its front; and read from its back.
+void take_apart(float* row, std::size_t count, std::uint16_t* rest) {
+  auto* halves = reinterpret_cast<std::uint16_t*>(row);
+  for (std::size_t i = 0; i < count; i += 16) {
+    const __mmask16 lanes = first_lanes(count - i);
+    const __m512i bits = _mm512_maskz_loadu_epi32(lanes, row + i);
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x8000)), 16);
+    _mm256_mask_storeu_epi16(halves + i, lanes, _mm512_cvtepi32_epi16(rounded));
+    _mm256_mask_storeu_epi16(rest + i, lanes, _mm512_cvtepi32_epi16(bits));
+  }
+  std::memcpy(halves + count, rest, count * sizeof *rest);
+}
+
+void put_together(float* row, std::size_t count, std::uint16_t* rest) {
+  auto* halves = reinterpret_cast<std::uint16_t*>(row);
+  std::memcpy(rest, halves + count, count * sizeof *rest);
+  for (std::size_t i = (count + 15) / 16 * 16; i > 0;) {
+    i -= 16;
+    const __mmask16 lanes = first_lanes(count - i);
+    const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, halves + i)), 16);
+    const __m512i lower = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(lanes, rest + i));
+    _mm512_mask_storeu_epi32(row + i, lanes, _mm512_add_epi32(upper, lower));
+  }
+}
+
 }  // namespace
 }  // namespace pissa

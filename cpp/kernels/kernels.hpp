@@ -61,6 +61,10 @@ struct Bf16Kernels {
   void (*narrow)(const float* src, std::uint16_t* dst, std::size_t count);
   // The same of a weight's values times `scale`; denormals may become zero. bf16 itself is not scaled.
   void (*round_weight)(const void* src, DType dtype, float scale, std::uint16_t* dst, std::size_t count);
+  // A row of float as its bits rounded to 16, halves away from zero, and after them the differences; and back. `rest`
+  // is room for `count`.
+  void (*take_apart)(float* row, std::size_t count, std::uint16_t* rest);
+  void (*put_together)(float* row, std::size_t count, std::uint16_t* rest);
   // [rows][columns] with row stride → [(rows+1)/2][columns][2], zero past the last row. `columns` is a multiple of 16.
   void (*pack_pairs)(const std::uint16_t* src, std::size_t stride, std::size_t rows, std::size_t columns,
                      std::uint16_t* dst);

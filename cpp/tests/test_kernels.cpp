@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "check.hpp"
+#include "halves.hpp"
 #include "matrices.hpp"
 #include "packing.hpp"
 #include "residual.hpp"
@@ -173,6 +174,51 @@ void check_conversions(const Kernels& kernels) {
   }
 }
 
+std::uint16_t upper_half(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
+}
+
+// A weight taken apart is multiplied as its values in bf16 are, and comes back bit by bit, whatever the bits are.
+void check_halves(const Kernels& kernels, const Shape& s) {
+  TestWeight w(DType::f32, s.rows, s.cols, 6), narrow(DType::bf16, s.rows, s.cols, 6);
+  const auto* values = reinterpret_cast<const float*>(w.bytes.data());
+  for (std::size_t i = 0; i < s.rows * s.cols; ++i) narrow.halves()[i] = upper_half(values[i]);
+  const std::vector<unsigned char> before = w.bytes;
+  std::vector<std::uint16_t> x(s.cols * s.k), y(s.rows * s.k), y_of_narrow(y.size());
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = float_to_bf16(random_value(7, i));
+  std::vector<float> z(s.cols * s.k), z_of_narrow(z.size());
+  ThreadPool pool(2);
+  Sweep<std::uint16_t> sweep(kernels, pool, w.weight, s.k);
+  if (sweep.can_read_halves()) {
+    {
+      const Halves halves(kernels, pool, w.weight);
+      sweep.read_halves();
+      sweep.power_step(x.data(), s.k, s.k, 0.5f, y.data(), s.k, 0.25f, z.data());
+    }
+    Sweep<std::uint16_t> other(kernels, pool, narrow.weight, s.k);
+    other.power_step(x.data(), s.k, s.k, 0.5f, y_of_narrow.data(), s.k, 0.25f, z_of_narrow.data());
+    CHECK(y == y_of_narrow && z == z_of_narrow, "%s: %zux%zu in halves differs from bf16", kernels.name, s.rows,
+          s.cols);
+    CHECK(w.bytes == before, "%s: %zux%zu does not come back from halves", kernels.name, s.rows, s.cols);
+  }
+  for (std::size_t i = 0; i < w.bytes.size(); ++i) w.bytes[i] = static_cast<unsigned char>(philox(8, i)[0] >> 24);
+  const std::vector<unsigned char> any = w.bytes;
+  {
+    const Halves halves(kernels, pool, w.weight);
+    for (std::size_t i = 0; i < s.rows; ++i) {
+      for (std::size_t j = 0; j < s.cols; ++j) {
+        float value;
+        std::memcpy(&value, &any[4 * (i * s.cols + j)], sizeof value);
+        CHECK(w.halves()[2 * i * s.cols + j] == upper_half(value), "%s: half of %a", kernels.name,
+              static_cast<double>(value));
+      }
+    }
+  }
+  CHECK(w.bytes == any, "%s: %zux%zu loses bits in halves", kernels.name, s.rows, s.cols);
+}
+
 void check_limits(const Kernels& kernels) {
   ThreadPool pool(2);
   for (const DType dtype : kDTypes) {
@@ -199,6 +245,9 @@ int main() {
   for (const Kernels* kernels : available_kernels()) {
     check_conversions(*kernels);
     check_limits(*kernels);
+    if (kernels->bf16 != nullptr) {
+      for (const Shape& shape : kShapes) check_halves(*kernels, shape);
+    }
     for (const DType dtype : kDTypes) {
       for (const Shape& shape : kShapes) {
         check_power_step<float>(*kernels, dtype, shape);
