@@ -54,10 +54,6 @@ struct Schedule {
 // In a small matrix the rounding of X and Y to bf16 does not average out, and there is little to gain.
 constexpr std::size_t kSmallForBf16 = 96;
 
-bool uses_bf16(const Kernels& kernels, const Weight& weight) {
-  return kernels.bf16 != nullptr && std::min(weight.rows, weight.cols) >= kSmallForBf16;
-}
-
 // Share of the energy that a basis in bf16 loses by its rounding, at most, where the spectrum has a gap.
 constexpr double kFaithful = 1e-5;
 
@@ -161,7 +157,7 @@ Factors combine(const RangeFinder<Element>& finder, const RitzTriplets& ritz, st
   }
   Buffer<float> left = finder.combine_y(to_left, rank), right = finder.combine_x(ritz.vectors, rank);
   const std::size_t stride = round_up(rank, 16);
-  const std::vector<double> length = column_lengths(right, stride, rank);
+  const std::vector<double> length = column_lengths(right, right.size() / stride, stride, rank);
   std::vector<double> sigma(rank, 0.0);
   for (std::size_t i = 0; i < rank; ++i) {
     if (ritz.sigma[i] > 0) sigma[i] = std::ldexp(ritz.sigma[i], basis.exponent) / length[i];
@@ -249,6 +245,10 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
 }
 
 }  // namespace
+
+bool uses_bf16(const Kernels& kernels, const Weight& weight) {
+  return kernels.bf16 != nullptr && std::min(weight.rows, weight.cols) >= kSmallForBf16;
+}
 
 Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, SplitResult& result) {
   const Weight& weight = request.weight;

@@ -13,6 +13,9 @@ namespace pissa {
 // Stop when the estimate says that a full SVD would capture at most this much more of the leading energy.
 constexpr double kTargetDeficit = 2.5e-3;
 
+// Whether the weight is multiplied in bf16.
+bool uses_bf16(const Kernels& kernels, const Weight& weight);
+
 // The request's weight to its rank: by block Krylov iteration, or exactly where that is cheaper. Notes in `result` what
 // it took. Throws std::domain_error where the weight holds a value that is not finite.
 Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, SplitResult& result);

@@ -5,6 +5,9 @@
 #include <vector>
 
 #include "buffer.hpp"
+#include "kernels/kernels.hpp"
+#include "split.hpp"
+#include "thread_pool.hpp"
 
 namespace pissa {
 
@@ -19,8 +22,16 @@ struct Factors {
   std::vector<std::size_t> order;
 };
 
-// Lengths of the first `columns` columns of `a`, row-major with `stride`.
-std::vector<double> column_lengths(const Buffer<float>& a, std::size_t stride, std::size_t columns);
+// Lengths of the first `columns` columns of `a` (n rows, row-major with `stride`).
+std::vector<double> column_lengths(const Buffer<float>& a, std::size_t n, std::size_t stride, std::size_t columns);
+
+// The request's A as columns (cols × rank), and its B (rows × rank); row-major with a stride of `width`, a multiple of
+// 16, and zeros beside them.
+Buffer<float> columns_of_a(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, std::size_t width);
+Buffer<float> columns_of_b(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, std::size_t width);
+
+// Each of the first columns of `a` (n rows, row-major with `stride`) times its factor.
+void scale_columns(Buffer<float>& a, std::size_t n, std::size_t stride, const std::vector<double>& factors);
 
 // Factors whose triplets have these `sigma` and lengths to the right, in the order of the columns.
 Factors in_descending_order(std::size_t stride, Buffer<float> left, Buffer<float> right,

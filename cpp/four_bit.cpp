@@ -251,23 +251,30 @@ void dequantise(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_
   });
 }
 
-void subtract_stored(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, const void* weight,
-                     float* out) {
+void subtract_stored(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, const void* values,
+                     DType values_dtype, float* out) {
   for_dtype(dtype, [&](auto convert) {
     using Convert = decltype(convert);
-    const auto* w = static_cast<const typename Convert::Bits*>(weight);
-    for_each_stored<Convert>(pool, stored, count, [&](std::size_t i, float q) { out[i] = Convert::widen(w[i]) - q; });
+    if (values_dtype == DType::f32) {
+      const auto* from = static_cast<const float*>(values);
+      for_each_stored<Convert>(pool, stored, count, [&](std::size_t i, float q) { out[i] = from[i] - q; });
+      return;
+    }
+    const auto* from = static_cast<const typename Convert::Bits*>(values);
+    for_each_stored<Convert>(pool, stored, count,
+                             [&](std::size_t i, float q) { out[i] = Convert::widen(from[i]) - q; });
   });
 }
 
-void relax_towards(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, const float* difference,
+void relax_towards(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, float* difference,
                    float relaxation, void* target) {
   for_dtype(dtype, [&](auto convert) {
     using Convert = decltype(convert);
     auto* to = static_cast<typename Convert::Bits*>(target);
     for_each_stored<Convert>(pool, stored, count, [&](std::size_t i, float q) {
       const float now = Convert::widen(to[i]);
-      to[i] = Convert::round(now + relaxation * (difference[i] + q - now));
+      difference[i] += q;
+      to[i] = Convert::round(now + relaxation * (difference[i] - now));
     });
   });
 }

@@ -60,11 +60,11 @@ void unnest_absmax(const std::uint8_t* codes, const float* nested_absmax, float 
 
 // out ← Q
 void dequantise(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, void* out);
-// out ← weight − Q
-void subtract_stored(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, const void* weight,
-                     float* out);
-// target ← target + relaxation·(difference + Q − target)
-void relax_towards(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, const float* difference,
+// out ← values − Q, for values of that dtype or float ones, which may lie in `out`
+void subtract_stored(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, const void* values,
+                     DType values_dtype, float* out);
+// difference ← difference + Q, and target ← target + relaxation·(difference − target)
+void relax_towards(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, float* difference,
                    float relaxation, void* target);
 
 }  // namespace pissa

@@ -61,6 +61,23 @@ pissa::Weight describe(void* data, const std::string& dtype, std::size_t rows, s
   return {data, parse_dtype(dtype), rows, cols};
 }
 
+pissa::SplitRequest describe_request(const py::buffer& weight, std::size_t rows, std::size_t cols,
+                                     const std::string& dtype, std::size_t rank, double scaling, bool fan_in_fan_out,
+                                     const py::buffer& a, const py::buffer& b, const std::string& adapter_dtype) {
+  pissa::SplitRequest request{};
+  request.adapter_dtype = parse_dtype(adapter_dtype);
+  request.weight =
+      describe(writable_bytes(weight, rows * cols * size_of(parse_dtype(dtype)), "weight"), dtype, rows, cols, rank);
+  const std::size_t in = fan_in_fan_out ? rows : cols, out = fan_in_fan_out ? cols : rows;
+  request.rank = rank;
+  if (!(scaling > 0)) throw std::invalid_argument("scaling must be greater than 0");
+  request.scaling = scaling;
+  request.fan_in_fan_out = fan_in_fan_out;
+  request.a = writable_bytes(a, rank * in * size_of(request.adapter_dtype), "a");
+  request.b = writable_bytes(b, out * rank * size_of(request.adapter_dtype), "b");
+  return request;
+}
+
 std::size_t workspace_bytes(std::size_t rows, std::size_t cols, const std::string& dtype, std::size_t rank,
                             std::size_t passes, unsigned threads) {
   return pissa::split_workspace_bytes(describe(nullptr, dtype, rows, cols, rank), rank, passes, threads);
@@ -92,25 +109,25 @@ class Splitter {
                            std::size_t rank, double scaling, bool fan_in_fan_out, const py::buffer& a,
                            const py::buffer& b, const std::string& adapter_dtype, std::size_t passes, std::uint64_t key,
                            bool near) {
-    pissa::SplitRequest request{};
-    request.adapter_dtype = parse_dtype(adapter_dtype);
-    request.weight =
-        describe(writable_bytes(weight, rows * cols * size_of(parse_dtype(dtype)), "weight"), dtype, rows, cols, rank);
-    const std::size_t in = fan_in_fan_out ? rows : cols, out = fan_in_fan_out ? cols : rows;
-    request.rank = rank;
-    request.scaling = scaling;
-    request.fan_in_fan_out = fan_in_fan_out;
-    request.a = writable_bytes(a, rank * in * size_of(request.adapter_dtype), "a");
-    request.b = writable_bytes(b, out * rank * size_of(request.adapter_dtype), "b");
+    pissa::SplitRequest request =
+        describe_request(weight, rows, cols, dtype, rank, scaling, fan_in_fan_out, a, b, adapter_dtype);
     request.passes = passes;
     request.key = key;
     if (near && (fan_in_fan_out || request.weight.dtype != pissa::DType::f32)) {
       throw std::invalid_argument("a refit is of a float matrix, out × in");
     }
-    if (!(scaling > 0)) throw std::invalid_argument("scaling must be greater than 0");
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     return near ? pissa::refit(kernels_, pool_, request) : pissa::split(kernels_, pool_, request);
+  }
+
+  bool correct(const py::buffer& difference, std::size_t rows, std::size_t cols, std::size_t rank, double scaling,
+               const py::buffer& a, const py::buffer& b, const std::string& adapter_dtype) {
+    const pissa::SplitRequest request =
+        describe_request(difference, rows, cols, "F32", rank, scaling, false, a, b, adapter_dtype);
+    const py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return pissa::correct(kernels_, pool_, request);
   }
 
   double norm(const py::buffer& values, const std::string& dtype) {
@@ -122,12 +139,15 @@ class Splitter {
   }
 
   std::pair<double, bool> nuclear_norm(const py::buffer& values, std::size_t rows, std::size_t cols,
-                                       const std::string& dtype, std::size_t zeros) {
+                                       const std::string& dtype, std::size_t zeros, const py::buffer& outside) {
     if (values_in(values, dtype) != rows * cols) throw std::invalid_argument("values must be rows × cols");
     const pissa::Weight weight{values.request().ptr, parse_dtype(dtype), rows, cols};
+    const py::buffer_info given = outside.request();
+    const auto* columns = static_cast<const float*>(
+        given.size > 0 ? bytes_of(outside, false, std::min(rows, cols) * zeros * sizeof(float), "outside") : nullptr);
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
-    const pissa::NuclearNorm norm = pissa::nuclear_norm(kernels_, pool_, weight, zeros);
+    const pissa::NuclearNorm norm = pissa::nuclear_norm(kernels_, pool_, weight, zeros, columns);
     return {norm.value, norm.estimated};
   }
 
@@ -161,15 +181,17 @@ class Splitter {
     pissa::dequantise(pool_, stored, parse_dtype(dtype), count, to);
   }
 
-  void subtract_stored(const py::buffer& weight, const py::buffer& out, const std::string& dtype,
-                       const std::string& code, const py::buffer& packed, const py::buffer& absmax) {
-    const std::size_t count = values_in(weight, dtype);
+  void subtract_stored(const py::buffer& values, const std::string& values_dtype, const py::buffer& out,
+                       const std::string& dtype, const std::string& code, const py::buffer& packed,
+                       const py::buffer& absmax) {
+    if (values_dtype != dtype && values_dtype != "F32") throw std::invalid_argument("values must be F32, or as Q is");
+    const std::size_t count = values_in(values, values_dtype);
     const pissa::FourBit stored = four_bit(count, code, packed, absmax, false);
-    const void* from = weight.request().ptr;
+    const void* from = values.request().ptr;
     auto* to = static_cast<float*>(writable_bytes(out, count * sizeof(float), "out"));
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
-    pissa::subtract_stored(pool_, stored, parse_dtype(dtype), count, from, to);
+    pissa::subtract_stored(pool_, stored, parse_dtype(dtype), count, from, parse_dtype(values_dtype), to);
   }
 
   void relax_towards(const py::buffer& target, const py::buffer& difference, float relaxation, const std::string& dtype,
@@ -177,7 +199,7 @@ class Splitter {
     const std::size_t count = values_in(target, dtype);
     const pissa::FourBit stored = four_bit(count, code, packed, absmax, false);
     void* to = writable_bytes(target, count * size_of(parse_dtype(dtype)), "target");
-    const auto* from = static_cast<const float*>(bytes_of(difference, false, count * sizeof(float), "difference"));
+    auto* from = static_cast<float*>(writable_bytes(difference, count * sizeof(float), "difference"));
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     pissa::relax_towards(pool_, stored, parse_dtype(dtype), count, from, relaxation, to);
@@ -241,15 +263,17 @@ PYBIND11_MODULE(_core, m) {
       .def("split", &Splitter::split, py::arg("weight"), py::arg("rows"), py::arg("cols"), py::arg("dtype"),
            py::arg("rank"), py::arg("scaling"), py::arg("fan_in_fan_out"), py::arg("a"), py::arg("b"),
            py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"), py::arg("near") = false)
+      .def("correct", &Splitter::correct, py::arg("difference"), py::arg("rows"), py::arg("cols"), py::arg("rank"),
+           py::arg("scaling"), py::arg("a"), py::arg("b"), py::arg("adapter_dtype"))
       .def("norm", &Splitter::norm, py::arg("values"), py::arg("dtype"))
       .def("nuclear_norm", &Splitter::nuclear_norm, py::arg("values"), py::arg("rows"), py::arg("cols"),
-           py::arg("dtype"), py::arg("zeros"))
+           py::arg("dtype"), py::arg("zeros"), py::arg("outside"))
       .def("quantise", &Splitter::quantise, py::arg("values"), py::arg("dtype"), py::arg("code"), py::arg("packed"),
            py::arg("absmax"), py::arg("nested_codes"), py::arg("nested_absmax"))
       .def("dequantise", &Splitter::dequantise, py::arg("out"), py::arg("dtype"), py::arg("code"), py::arg("packed"),
            py::arg("absmax"))
-      .def("subtract_stored", &Splitter::subtract_stored, py::arg("weight"), py::arg("out"), py::arg("dtype"),
-           py::arg("code"), py::arg("packed"), py::arg("absmax"))
+      .def("subtract_stored", &Splitter::subtract_stored, py::arg("values"), py::arg("values_dtype"), py::arg("out"),
+           py::arg("dtype"), py::arg("code"), py::arg("packed"), py::arg("absmax"))
       .def("relax_towards", &Splitter::relax_towards, py::arg("target"), py::arg("difference"), py::arg("relaxation"),
            py::arg("dtype"), py::arg("code"), py::arg("packed"), py::arg("absmax"));
   m.def("workspace_bytes", &workspace_bytes, py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("rank"),
@@ -262,10 +286,10 @@ PYBIND11_MODULE(_core, m) {
       py::arg("rows"), py::arg("cols"), py::arg("rank"), py::arg("threads"));
   m.def(
       "nuclear_norm_workspace_bytes",
-      [](std::size_t rows, std::size_t cols, unsigned threads) {
-        return pissa::nuclear_norm_workspace_bytes({nullptr, pissa::DType::f32, rows, cols}, threads);
+      [](std::size_t rows, std::size_t cols, unsigned threads, std::size_t zeros) {
+        return pissa::nuclear_norm_workspace_bytes({nullptr, pissa::DType::f32, rows, cols}, threads, zeros);
       },
-      py::arg("rows"), py::arg("cols"), py::arg("threads"));
+      py::arg("rows"), py::arg("cols"), py::arg("threads"), py::arg("zeros"));
   m.def("code_values", [](const std::string& code) {
     const auto& values = code_named(code).values;
     return std::vector<float>(std::begin(values), std::end(values));

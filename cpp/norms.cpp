@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "buffer.hpp"
+#include "factors.hpp"
 #include "lapack.hpp"
 #include "packing.hpp"
 #include "philox.hpp"
@@ -53,9 +54,9 @@ double frobenius_norm(const Kernels& kernels, ThreadPool& pool, const Weight& we
 
 namespace {
 
-// The Gram matrix of the smaller side, reduced to tridiagonal form, in T.
+// The Gram matrix of the smaller side (lower triangle), in T.
 template <class T>
-TridiagonalMatrix reduced_gram(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {
+Buffer<T> small_gram(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {
   const bool wide = weight.rows <= weight.cols;
   const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
   const bool as_it_lies = std::is_same<T, float>::value && weight.dtype == DType::f32;
@@ -74,12 +75,86 @@ TridiagonalMatrix reduced_gram(const Kernels& kernels, ThreadPool& pool, const W
     lapack::rank_update(wide ? 'T' : 'N', small, count, static_cast<const T*>(part), as_it_lies ? weight.cols : cols,
                         at == 0 ? T{0} : T{1}, gram.data());
   }
-  std::vector<T> diagonal(small), beside(small);
-  if (!lapack::tridiagonalize(kernels, pool.scratch(), small, gram.data(), diagonal.data(), beside.data())) {
+  return gram;
+}
+
+template <class T>
+TridiagonalMatrix reduced(const Kernels& kernels, ThreadPool& pool, Buffer<T> gram, std::size_t n) {
+  std::vector<T> diagonal(n), beside(n);
+  if (!lapack::tridiagonalize(kernels, pool.scratch(), n, gram.data(), diagonal.data(), beside.data())) {
     throw std::runtime_error("LAPACK sytrd failed");
   }
   return {{diagonal.begin(), diagonal.end()}, {beside.begin(), beside.end()}};
 }
+
+// In place of eigenvalues that are zero, ones of a size that rounding does not matter to.
+class Filling {
+ public:
+  // Adds `value`·l·lᵀ for each of the directions l, made of length one, to the Gram matrix of the float weight's
+  // shorter side: they are columns (rows × count, row-major) where that is its rows, or else rows (count × cols).
+  Filling(ThreadPool& pool, const Weight& weight, const float* directions, std::size_t count, double value,
+          Buffer<float>& gram)
+      : count_(static_cast<double>(count)), root_(std::sqrt(value)) {
+    const bool wide = weight.rows <= weight.cols;
+    const std::size_t n = std::min(weight.rows, weight.cols), along = wide ? 1 : n, across = wide ? count : 1;
+    Buffer<float> scaled(pool.scratch(), n * count), products(pool.scratch(), count * count);
+    for (std::size_t i = 0; i < n; ++i) {
+      for (std::size_t c = 0; c < count; ++c) scaled[i * count + c] = directions[i * across + c * along];
+    }
+    std::vector<double> factor = column_lengths(scaled, n, count, count);
+    for (double& length : factor) length = length > 0 ? root_ / length : 0;
+    scale_columns(scaled, n, count, factor);
+    energy_ = energy_along(weight, scaled, count) / value;
+    lapack::rank_update('N', count, n, scaled.data(), count, 0.0f, products.data());
+    for (std::size_t j = 0; j < count; ++j) {
+      for (std::size_t i = j; i < count; ++i) {
+        const double off = static_cast<double>(products[j * count + i]) / value - (i == j ? 1 : 0);
+        dependence_ += off * off * (i == j ? 1 : 2);
+      }
+    }
+    lapack::rank_update('T', n, count, scaled.data(), count, 1.0f, gram.data());
+  }
+
+  // What it adds to the sum of the roots, and how far off that can be: were the directions orthogonal and nothing along
+  // them before, it would be exact.
+  double sum() const { return count_ * root_; }
+  double uncertainty() const { return std::sqrt(count_ * energy_) + dependence_ * root_; }
+
+ private:
+  // The weight's square along all of the columns l (those of its shorter side), Σ ‖Wᵀ·l‖² or Σ ‖W·l‖², estimated from
+  // their sums with random signs.
+  static double energy_along(const Weight& weight, const Buffer<float>& columns, std::size_t count) {
+    constexpr std::size_t kEstimates = 2;
+    constexpr std::uint64_t kKey = 0x66696c6c;  // any
+    const bool wide = weight.rows <= weight.cols;
+    const std::size_t n = columns.size() / count;
+    std::vector<float> signs(kEstimates * count), direction(n), sums(weight.cols);
+    random_signs(kKey, 0, signs.size(), signs.data());
+    double energy = 0;
+    for (std::size_t estimate = 0; estimate < kEstimates; ++estimate) {
+      for (std::size_t i = 0; i < n; ++i) {
+        const float* row = columns.data() + i * count;
+        direction[i] = std::inner_product(row, row + count, signs.data() + estimate * count, 0.0f);
+      }
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (std::size_t i = 0; i < weight.rows; ++i) {
+        const auto* row = static_cast<const float*>(weight.data) + i * weight.cols;
+        if (wide) {
+          for (std::size_t j = 0; j < weight.cols; ++j) sums[j] += direction[i] * row[j];
+        } else {
+          std::array<float, kLanes> lanes{};
+          for (std::size_t j = 0; j < weight.cols; ++j) lanes[j % kLanes] += direction[j] * row[j];
+          const double sum = std::accumulate(lanes.begin(), lanes.end(), 0.0);
+          energy += sum * sum / kEstimates;
+        }
+      }
+      for (const float sum : sums) energy += static_cast<double>(sum) * static_cast<double>(sum) / kEstimates;
+    }
+    return energy;
+  }
+
+  double count_, root_, energy_ = 0, dependence_ = 0;
+};
 
 // Of the largest eigenvalue: twice what those of a Gram matrix were seen to be wrong by in float, more where many are
 // zero but for such errors, whose squares add up; and ample in double.
@@ -90,14 +165,26 @@ constexpr double kTolerance = 2e-5;
 // Norms whose squares float holds, and of what is far smaller, too.
 constexpr double kSmallNorm = 0x1p-40, kLargeNorm = 0x1p40;
 
-double exact_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t zeros) {
+double exact_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t zeros,
+                          const float* outside) {
   const double norm = frobenius_norm(kernels, pool, weight);
+  const std::size_t small = std::min(weight.rows, weight.cols);
   if (norm > kSmallNorm && norm < kLargeNorm) {
-    const RootTrace found =
-        root_trace(reduced_gram<float>(kernels, pool, weight), zeros > 0 ? kFloatShiftOverZeros : kFloatShift, zeros);
-    if (found.uncertainty < kTolerance * found.value) return found.value + found.uncertainty / 2;
+    Buffer<float> gram = small_gram<float>(kernels, pool, weight);
+    if (outside != nullptr && weight.dtype == DType::f32 && zeros < small) {
+      const double each = norm * norm / static_cast<double>(small - zeros);
+      const Filling filling(pool, weight, outside, zeros, each, gram);
+      const RootTrace found = root_trace(reduced(kernels, pool, std::move(gram), small), kFloatShift, 0);
+      const double value = found.value - filling.sum(), uncertainty = found.uncertainty + filling.uncertainty();
+      if (uncertainty < kTolerance * value) return value + found.uncertainty / 2;
+    } else {
+      const RootTrace found = root_trace(reduced(kernels, pool, std::move(gram), small),
+                                         zeros > 0 ? kFloatShiftOverZeros : kFloatShift, zeros);
+      if (found.uncertainty < kTolerance * found.value) return found.value + found.uncertainty / 2;
+    }
   }
-  const RootTrace found = root_trace(reduced_gram<double>(kernels, pool, weight), kDoubleShift, 0);
+  const RootTrace found =
+      root_trace(reduced(kernels, pool, small_gram<double>(kernels, pool, weight), small), kDoubleShift, 0);
   if (!std::isfinite(found.uncertainty)) throw std::runtime_error("a Gram matrix has negative eigenvalues");
   return found.value;
 }
@@ -207,18 +294,20 @@ double estimate_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Wei
   return sum * each * size / std::sqrt(squares * each);
 }
 
-NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t zeros) {
+NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t zeros,
+                         const float* outside) {
   if (std::min(weight.rows, weight.cols) > kExactSide) return {estimate_nuclear_norm(kernels, pool, weight), true};
-  return {exact_nuclear_norm(kernels, pool, weight, zeros), false};
+  return {exact_nuclear_norm(kernels, pool, weight, zeros, outside), false};
 }
 
-std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads) {
+std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads, std::size_t zeros) {
   const std::size_t small = std::min(weight.rows, weight.cols);
   if (small <= kExactSide) {
     const std::size_t full = lapack::reduced_stride(small);
     return Scratch::rounded(sizeof(double) * small * kColumns) +
            std::max(Scratch::rounded(sizeof(double) * small * small),
                     2 * Scratch::rounded(sizeof(float) * full * full)) +
+           Scratch::rounded(sizeof(float) * small * zeros) + Scratch::rounded(sizeof(float) * zeros * zeros) +
            sizeof(double) * (small * 128 + 2048);
   }
   return Sweep<float>::workspace_bytes(weight, kProbes, threads) +

@@ -18,19 +18,9 @@ namespace {
 
 constexpr std::size_t kMaxPasses = 4;
 
-// A's rows as columns of length one, and zeros beside them: cols × width.
-Buffer<float> columns_of_a(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, std::size_t width) {
-  const std::size_t cols = request.weight.cols;
-  Buffer<float> x(pool.scratch(), cols * width), row(pool.scratch(), cols);
-  std::fill(x.begin(), x.end(), 0.0f);
-  for (std::size_t i = 0; i < request.rank; ++i) {
-    kernels.widen(static_cast<const char*>(request.a) + i * cols * size_of(request.adapter_dtype),
-                  request.adapter_dtype, row.data(), cols);
-    const double square = std::inner_product(row.begin(), row.end(), row.begin(), 0.0);
-    const auto scale = static_cast<float>(square > 0 ? 1 / std::sqrt(square) : 0.0);
-    for (std::size_t j = 0; j < cols; ++j) x[j * width + i] = row[j] * scale;
-  }
-  return x;
+std::vector<double> inverses(std::vector<double> values) {
+  for (double& value : values) value = value > 0 ? 1 / value : 0;
+  return values;
 }
 
 // The leading rank × rank part of aᵀ·a.
@@ -73,41 +63,51 @@ std::optional<Factors> follow(const Kernels& kernels, ThreadPool& pool, const Sp
   const auto start = Clock::now();
   const Weight& weight = request.weight;
   const std::size_t rank = request.rank, width = round_up(rank, 16);
+  const bool wide = weight.rows <= weight.cols;
+  const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
   const double norm = frobenius_norm(kernels, pool, weight);
   if (!(norm > 0) || !std::isfinite(norm)) return std::nullopt;
   const int exponent = std::clamp(std::ilogb(norm), -120, 120);
   const float scale = std::ldexp(1.0f, -exponent);
   Sweep<float> sweep(kernels, pool, weight, width);
-  Buffer<float> x = columns_of_a(kernels, pool, request, width);
-  Buffer<float> y(pool.scratch(), weight.rows * width + kReadBeyond);
-  Buffer<float> z(pool.scratch(), weight.cols * width + kReadBeyond);
+  Buffer<float> x = wide ? columns_of_a(kernels, pool, request, width) : columns_of_b(kernels, pool, request, width);
+  scale_columns(x, large, width, inverses(column_lengths(x, large, width, rank)));
+  Buffer<float> y(pool.scratch(), small * width + kReadBeyond);
+  Buffer<float> z(pool.scratch(), large * width + kReadBeyond);
   for (result.passes = 1; result.passes <= kMaxPasses; ++result.passes) {
-    sweep.power_step(x.data(), width, width, scale, y.data(), width, scale, z.data());
-    std::vector<double> y_gram = gram_of(kernels, pool, y, weight.rows, width, rank);
+    if (wide) {
+      sweep.power_step(x.data(), width, width, scale, y.data(), width, scale, z.data());
+    } else {
+      sweep.transposed_product(x.data(), width, width, scale, y.data(), width);
+      sweep.product(y.data(), width, width, scale, z.data(), width);
+    }
+    std::vector<double> y_gram = gram_of(kernels, pool, y, small, width, rank);
     double before = 0;
     for (std::size_t i = 0; i < rank; ++i) before += y_gram[i * rank + i];
-    const std::vector<double> z_gram = gram_of(kernels, pool, z, weight.cols, width, rank);
+    const std::vector<double> z_gram = gram_of(kernels, pool, z, large, width, rank);
     const std::optional<Triplets> found = triplets_of(kernels, pool.scratch(), y_gram, z_gram, rank);
     if (!found) return std::nullopt;
-    Factors factors;
-    factors.right = multiply(kernels, pool, weight.cols, z.data(), width, rank, found->to_basis.data(), rank);
-    for (const double square : found->squares) factors.length.push_back(std::sqrt(square));
+    std::vector<double> length;
+    for (const double square : found->squares) length.push_back(std::sqrt(square));
+    Buffer<float> other = multiply(kernels, pool, large, z.data(), width, rank, found->to_basis.data(), rank);
     const double energy = std::accumulate(found->squares.begin(), found->squares.end(), 0.0);
     result.estimated_deficit = std::max(0.0, 1 - before / energy);
     if (result.estimated_deficit <= kTargetDeficit) {
+      Buffer<float> basis = multiply(kernels, pool, small, y.data(), width, rank, found->to_basis.data(), rank);
+      Factors factors;
       factors.stride = width;
-      factors.left = multiply(kernels, pool, weight.rows, y.data(), width, rank, found->to_basis.data(), rank);
-      for (const double length : factors.length) factors.sigma.push_back(std::ldexp(length, exponent));
+      for (const double value : length) factors.sigma.push_back(std::ldexp(value, exponent));
       factors.order.resize(rank);
       std::iota(factors.order.begin(), factors.order.end(), 0);
+      if (!wide) scale_columns(other, large, width, inverses(length));
+      factors.left = std::move(wide ? basis : other);
+      factors.right = std::move(wide ? other : basis);
+      factors.length = wide ? std::move(length) : std::vector<double>(rank, 1.0);
       result.sweep_seconds += seconds_since(start);
       return factors;
     }
-    for (std::size_t j = 0; j < weight.cols; ++j) {
-      for (std::size_t i = 0; i < rank; ++i) {
-        x[j * width + i] = static_cast<float>(static_cast<double>(factors.right[j * width + i]) / factors.length[i]);
-      }
-    }
+    scale_columns(other, large, width, inverses(length));
+    std::copy(other.begin(), other.end(), x.begin());
   }
   return std::nullopt;
 }
@@ -115,7 +115,8 @@ std::optional<Factors> follow(const Kernels& kernels, ThreadPool& pool, const Sp
 std::size_t follow_workspace_bytes(const Weight& weight, std::size_t rank, unsigned threads) {
   const std::size_t width = round_up(rank, 16);
   const auto tall = [&](std::size_t n) { return Scratch::rounded(sizeof(float) * (n * width + kReadBeyond)); };
-  return 2 * tall(weight.rows) + 3 * tall(weight.cols) + sizeof(double) * 10 * width * width +
+  const std::size_t most = std::max(tall(weight.rows), tall(weight.cols));
+  return tall(weight.rows) + tall(weight.cols) + 3 * most + sizeof(double) * 10 * width * width +
          Sweep<float>::workspace_bytes(weight, width, threads);
 }
 

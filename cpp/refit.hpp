@@ -11,10 +11,11 @@
 
 namespace pissa {
 
-// Subspace iteration on a float matrix, from the right singular directions that the request's `a` holds (Halko,
+// Subspace iteration on a float matrix, from the singular directions that the request's `a` and `b` hold (Halko,
 // Martinsson, Tropp 2011, arXiv 0909.4061, algorithm 5.1 from a given basis): Y = W·X and Z = Wᵀ·Y in one sweep, and
 // the triplets of (U·Uᵀ)·W for an orthonormal U that spans Y. Each pass multiplies what is missing by
-// (σ_{r+1} / σ_r)², and is the last where it gained no more than a split may miss.
+// (σ_{r+1} / σ_r)², and is the last where it gained no more than a split may miss. Of a W with more rows than columns
+// it is the transpose that this is done to: what the triplets leave is orthogonal to those of the shorter side.
 //
 // None where W has no `rank` directions, or too many passes would be needed: W is then not near.
 std::optional<Factors> follow(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request,

@@ -55,7 +55,7 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
                                   std::size_t last, TileNorms& norms) {
     alignas(64) Sum product[kMaxProduct];
     if constexpr (kIsBf16<Element>) {
-      if (kernels.bf16->subtract_product != nullptr && (end - begin) % tile.rows == 0) {
+      if (weight.dtype == DType::bf16 && kernels.bf16->subtract_product != nullptr && (end - begin) % tile.rows == 0) {
         const std::size_t whole = std::min(last, weight.cols / strip);
         auto* place = static_cast<std::uint16_t*>(weight.data) + begin * weight.cols + first * strip;
         kernels.bf16->subtract_product(place, weight.cols, end - begin, whole - first, a,
@@ -87,7 +87,10 @@ ResidualNorms subtract_with(const Kernels& kernels, const Tile& tile, ThreadPool
         }
         for (std::size_t row = 0; row < rows; ++row) {
           const Sum* values = product + row * piece * strip;
-          if (std::is_same_v<Sum, float> && weight.dtype == DType::f32) {
+          if (kIsBf16<Element> && weight.dtype == DType::f32) {  // coarse: there is no rounding error to speak of
+            auto* w = reinterpret_cast<float*>(place(row));
+            for (std::size_t j = 0; j < columns; ++j) w[j] -= static_cast<float>(values[j]);
+          } else if (std::is_same_v<Sum, float> && weight.dtype == DType::f32) {
             double wide[kMaxColumns];
             std::copy_n(values, columns, wide);
             kernels.subtract(place(row), weight.dtype, wide, columns, norm_scale, norms);
@@ -137,7 +140,8 @@ ResidualNorms subtract_product(const Kernels& kernels, ThreadPool& pool, const W
     return subtract_with<double, double>(kernels, kernels.tile_f64, pool, weight, left, right, rank, scaling,
                                          norm_scale);
   }
-  if (weight.dtype == DType::bf16 && kernels.bf16 != nullptr && norm_scale > kSmallScale && norm_scale < kLargeScale) {
+  const bool fits = weight.dtype == DType::bf16 || precision == Precision::coarse;
+  if (fits && kernels.bf16 != nullptr && norm_scale > kSmallScale && norm_scale < kLargeScale) {
     return subtract_with<std::uint16_t, float>(kernels, kernels.bf16->tile, pool, weight, left, right, rank, scaling,
                                                norm_scale);
   }

@@ -39,10 +39,14 @@ struct SplitResult {
 // std::overflow_error where the residual does; its weight is then lost.
 SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request);
 
-// The same for a float matrix near one that was split before, whose A lies in `a`: it is where the search begins, and
+// The same for a float matrix near one whose A and B lie in `a` and `b`: they are where the search begins, and
 // where the matrix is not near after all, the search is split()'s. `passes` is not looked at, rows are `out`, and what
 // is left in the matrix' place is summed in float.
 SplitResult refit(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request);
+
+// A and B become, and a float matrix that they left with them, what they are after one step of alternating least
+// squares (see correction.hpp). False, and the matrix as it was, where that cannot be: then a refit can.
+bool correct(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request);
 
 // Upper bound of the bytes that split() takes beside W, A and B.
 std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads);

@@ -80,6 +80,86 @@ def test_it_captures_what_a_split_captures(
     assert torch.allclose(left.double(), matrix.double() - product, atol=1e-6 * float(matrix.norm()))
 
 
+def fitted(matrix: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of the best product."""
+    left, sigma, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    root = (sigma[:rank] / scaling).sqrt()
+    return root[:, None] * right[:rank], left[:, :rank] * root
+
+
+def least_squares(matrix: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """The product nearest to the matrix, after B and then A were solved for from this A; float64."""
+    b = torch.linalg.lstsq(a.double().T, matrix.double().T).solution.T
+    return b @ torch.linalg.lstsq(b, matrix.double()).solution
+
+
+@pytest.mark.parametrize("adapter_dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((300, 500), 16), ((500, 300), 40), ((257, 391), 5), ((700, 650), 96), ((64, 64), 60), ((20, 30), 3)],
+)
+def test_a_correction_is_a_step_of_least_squares(
+    backend: Backend, shape: tuple[int, int], rank: int, adapter_dtype: str
+) -> None:
+    weight, spec = llm_like(*shape), spec_of(shape, rank, adapter_dtype)
+    matrix = near(weight, rank)
+    a, b = (part.to(DTYPES[adapter_dtype]).contiguous() for part in fitted(weight, rank, spec.scaling))
+    expected = least_squares(matrix, a)
+    difference = (matrix - spec.scaling * b.float() @ a.float()).contiguous()
+    before = float(difference.norm())
+    assert (spec.scaling * b.double() @ a.double() - expected).norm() > 0.1 * before
+    assert backend.correct(raw(difference), raw(a), raw(b), spec)
+    product, best = spec.scaling * b.double() @ a.double(), float((matrix.double() - expected).norm())
+    rounding = {"F32": 0, "F16": 5e-4, "BF16": 4e-3}[adapter_dtype] * float(matrix.norm())
+    assert (product - expected).norm() < 4e-3 * before + rounding
+    assert (matrix.double() - product).norm() < best + 1e-5 * before + rounding
+    assert (difference - (matrix.double() - product)).norm() < 4e-3 * before + rounding
+
+
+@pytest.mark.parametrize("bad", ["A of zeros", "dependent rows of A", "no difference", "NaN"])
+def test_what_cannot_be_corrected_is_left_as_it_was(backend: Backend, bad: str) -> None:
+    spec = spec_of((200, 300), 8)
+    a, b = (part.float().contiguous() for part in fitted(llm_like(200, 300), 8, spec.scaling))
+    difference = 0.1 * torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    if bad == "A of zeros":
+        a.zero_()
+    elif bad == "dependent rows of A":
+        a[1] = a[0] + 0.01 * a[1]
+    elif bad == "no difference":
+        difference.zero_()
+    else:
+        difference[3, 4] = float("nan")
+    before = difference.clone()
+    assert not backend.correct(raw(difference), raw(a), raw(b), spec)
+    assert torch.equal(difference.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_scale_is_of_no_account_to_a_correction(backend: Backend, exponent: int) -> None:
+    weight, spec = llm_like(200, 300), spec_of((200, 300), 8)
+    first_a, first_b = fitted(weight, 8, spec.scaling)
+    left, found = near(weight, 8) - spec.scaling * first_b @ first_a, []
+    for power in (0, exponent // 2):
+        a, b, difference = (
+            torch.ldexp(part, torch.tensor(scale)).float().contiguous()
+            for part, scale in ((first_a, power), (first_b, power), (left, 2 * power))
+        )
+        assert backend.correct(raw(difference), raw(a), raw(b), spec)
+        found.append(torch.ldexp(a.double(), torch.tensor(-power)))
+    assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_threads_change_no_byte_of_a_correction() -> None:
+    weight, spec = llm_like(700, 520), spec_of((700, 520), 40)
+    matrix, found = near(weight, 40), []
+    for threads in (1, 3):
+        a, b = (part.float().contiguous() for part in fitted(weight, 40, spec.scaling))
+        difference = matrix - spec.scaling * b @ a
+        assert NativeBackend(threads).correct(raw(difference), raw(a), raw(b), spec)
+        found.append((a, b, difference))
+    assert all(torch.equal(one, many) for one, many in zip(*found, strict=True))
+
+
 def test_it_takes_fewer_products_than_a_split() -> None:
     backend, weight, spec = NativeBackend(2), llm_like(600, 800), spec_of((600, 800), 64)
     matrix = near(weight, 64)
@@ -92,7 +172,8 @@ def test_it_takes_fewer_products_than_a_split() -> None:
         found[is_near] = result.passes * width, missed(matrix, spec.scaling * b.double() @ a.double(), 64)
     (columns, deficit), (columns_near, deficit_near) = found[False], found[True]
     assert columns_near < columns
-    assert max(deficit, deficit_near) < 1e-6
+    assert deficit < 1e-5  # what a basis in bfloat16 may lose: kFaithful in factorize.cpp
+    assert deficit_near < 1e-6
 
 
 def test_the_factors_are_those_of_a_split(backend: Backend) -> None:

@@ -4,7 +4,8 @@
 namespace pissa {
 namespace {
 
-constexpr Bf16Kernels kBf16 = {make_tile<Bf16Pair16, 8, 3, 12>(), narrow, round_weight, take_apart, put_together, pack_pairs, nullptr};
+constexpr Bf16Kernels kBf16 = {
+    make_tile<Bf16Pair16, 8, 3, 12>(), narrow, round_weight, take_apart, put_together, pack_pairs, nullptr};
 
 }  // namespace
 

@@ -30,7 +30,7 @@ void check_kernel(const Kernels& kernels, DType dtype, std::size_t count, const 
     CHECK(found.packed == reference.packed && found.absmax == reference.absmax, "%s %s %zu: %u threads differ",
           kernels.name, name_of(dtype), count, threads);
     std::vector<float> difference(count);
-    subtract_stored(pool, found.view(code), dtype, count, w.bytes.data(), difference.data());
+    subtract_stored(pool, found.view(code), dtype, count, w.bytes.data(), dtype, difference.data());
     for (std::size_t i = 0; i < count; ++i) {
       // NF4's widest gap between neighbours is 0.304, FP4's a third.
       const float limit = 0.17f * found.absmax[i / kFourBitBlock];
@@ -82,14 +82,16 @@ void check_norms(const Kernels& kernels) {
   }
 }
 
-// Also where it has to be in double, and beside an estimate's long side.
+// Also where it has to be in double, beside an estimate's long side, and with directions that it should be without.
 void check_memory_of_norms(const Kernels& kernels) {
-  TestWeight small(DType::f32, 330, 600, 6), large(DType::f32, 1100, 13000, 6);
-  for (std::size_t i = 0; i < 330 * 600; ++i) reinterpret_cast<float*>(small.bytes.data())[i] *= 1e-20f;
-  for (const TestWeight* w : {&small, &large}) {
+  TestWeight small(DType::f32, 330, 600, 6), tiny = small, large(DType::f32, 1100, 13000, 6);
+  tiny.weight.data = tiny.bytes.data();
+  for (std::size_t i = 0; i < 330 * 600; ++i) reinterpret_cast<float*>(tiny.bytes.data())[i] *= 1e-20f;
+  const auto* outside = reinterpret_cast<const float*>(large.bytes.data());
+  for (const TestWeight* w : {&small, &tiny, &large}) {
     ThreadPool pool(2);
-    nuclear_norm(kernels, pool, w->weight);
-    const std::size_t bound = nuclear_norm_workspace_bytes(w->weight, 2);
+    nuclear_norm(kernels, pool, w->weight, 300, outside);
+    const std::size_t bound = nuclear_norm_workspace_bytes(w->weight, 2, 300);
     CHECK(pool.scratch().peak() <= bound, "%s: a norm took %zu bytes of %zu", kernels.name, pool.scratch().peak(),
           bound);
   }

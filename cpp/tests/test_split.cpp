@@ -81,6 +81,36 @@ Refitted refit_near(const Case& c, unsigned threads) {
   return found;
 }
 
+// A and B of a matrix whose every value then changes a little.
+void check_correction(const Case& c) {
+  std::vector<unsigned char> left;
+  std::vector<float> a, b;
+  for (const unsigned threads : {1u, 2u, 3u}) {
+    TestWeight w(DType::f32, c.rows, c.cols, 7);
+    std::vector<float> own_a(c.rank * c.cols), own_b(c.rank * c.rows);
+    ThreadPool pool(threads);
+    const SplitRequest request{w.weight, c.rank, 0.5, false, DType::f32, own_a.data(), own_b.data(), 0, 42};
+    split(select_kernels(), pool, request);
+    auto* values = reinterpret_cast<float*>(w.bytes.data());
+    for (std::size_t i = 0; i < c.rows * c.cols; ++i) {
+      values[i] += 0.01f * random_value(8, i) * static_cast<float>(w.values[i]);
+    }
+    const std::vector<unsigned char> before = w.bytes;
+    ThreadPool fresh(threads);
+    const bool done = correct(select_kernels(), fresh, request);
+    CHECK(done || w.bytes == before, "%zux%zu: refused, and changed", c.rows, c.cols);
+    const std::size_t bound = refit_workspace_bytes(w.weight, c.rank, threads);
+    CHECK(fresh.scratch().peak() <= bound, "%zux%zu: took %zu bytes of %zu", c.rows, c.cols, fresh.scratch().peak(),
+          bound);
+    if (threads == 1) {
+      left = w.bytes;
+      a = own_a;
+      b = own_b;
+    }
+    CHECK(left == w.bytes && a == own_a && b == own_b, "%u threads change the correction", threads);
+  }
+}
+
 void check_refit(const Case& c) {
   const Refitted one = refit_near(c, 1);
   for (const unsigned threads : {2u, 3u}) {
@@ -120,6 +150,7 @@ int main() {
       for (const DType adapter : {DType::f32, DType::f16, DType::bf16}) check_split(c, dtype, adapter);
     }
     check_refit(c);
+    check_correction(c);
   }
   check_refusals();
   std::printf("%d failures\n", failures);

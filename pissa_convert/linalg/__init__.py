@@ -157,9 +157,9 @@ class Backend(Protocol):
         """Upper bound of the memory that so many threads take beside the three buffers."""
 
     def refit(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> None:
-        """Fit A and B to a float32 matrix near one of which `a` holds the A, and leave in its place what they leave.
+        """Fit A and B to a float32 matrix near one of which they hold these, and leave in its place what they leave.
 
-        The search begins at that A, so that one pass over the matrix is enough as a rule; where the matrix is not near
+        The search begins at them, so that one pass over the matrix is enough as a rule; where the matrix is not near
         after all, it is that of a `split`. What is left is rounded to float32 after float32 sums, or better ones. Rows
         are `out`; the spec's dtype and passes are not looked at.
 
@@ -167,8 +167,20 @@ class Backend(Protocol):
             WeightError: see `split`.
         """
 
+    def correct(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> bool:
+        """Fit A and B to a matrix near the one they were fitted to, of which `difference` is what they leave, float32.
+
+        One step of alternating least squares: B, then A, become the best beside the other as it is; and `difference`
+        what they leave then, to about one part in a thousand. They are not in the form of a split: their rows and
+        columns are in no order, and orthogonal no more.
+
+        Returns:
+            False, with the difference as it was, where A or B is far from having independent rows or columns: `refit`
+            takes those.
+        """
+
     def refit_workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
-        """Upper bound of the memory that it takes beside the three buffers."""
+        """Upper bound of the memory that it and `correct` take beside the three buffers."""
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,12 @@ class NativeBackend:
         """See `Backend.refit`."""
         self.split_with_timings(difference, a, b, replace(spec, dtype="F32"), near=True)
 
+    def correct(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> bool:
+        """See `Backend.correct`."""
+        return self._splitter.correct(
+            difference, spec.rows, spec.cols, spec.rank, spec.scaling, a, b, spec.adapter_dtype
+        )
+
     def split_with_timings(
         self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec, *, near: bool = False
     ) -> _core.SplitResult:
@@ -128,30 +134,39 @@ class NativeBackend:
         """out ← Q."""
         self._splitter.dequantise(out, stored.spec.dtype, stored.spec.code, stored.packed, stored.absmax)
 
-    def subtract(self, weight: memoryview, stored: FourBit, out: memoryview) -> None:
-        """out ← weight − Q; `weight` in the dtype of `stored`, `out` float32."""
+    def subtract(self, values: memoryview, dtype: str, stored: FourBit, out: memoryview) -> None:
+        """out ← values − Q, float32.
+
+        Args:
+            dtype: of the values: that of `stored`, or "F32"; these may lie in `out`.
+        """
         spec = stored.spec
-        self._splitter.subtract_stored(weight, out, spec.dtype, spec.code, stored.packed, stored.absmax)
+        self._splitter.subtract_stored(values, dtype, out, spec.dtype, spec.code, stored.packed, stored.absmax)
 
     def norm(self, values: memoryview, dtype: str) -> float:
         """Frobenius norm of values in "F32", "F16" or "BF16"."""
         return self._splitter.norm(values, dtype)
 
-    def nuclear_norm(self, values: memoryview, rows: int, cols: int, *, zeros: int = 0) -> tuple[float, bool]:
+    def nuclear_norm(
+        self, values: memoryview, rows: int, cols: int, *, zeros: int = 0, outside: memoryview | None = None
+    ) -> tuple[float, bool]:
         """Sum of the singular values of a float32 matrix, and whether that is an estimate.
 
         Args:
             zeros: so many of the singular values are known to be zero but for rounding. The sum is the same, and found
                 sooner.
+            outside: their singular vectors of the shorter side, where they are known, or others of that span, float32:
+                orthogonal columns, rows × zeros, or orthogonal rows, zeros × cols, of a matrix with more rows than
+                columns. The sum is the same, and found sooner still.
 
         Returns:
             What is no estimate is within 2e-5 of the sum.
         """
-        return self._splitter.nuclear_norm(values, rows, cols, "F32", zeros)
+        return self._splitter.nuclear_norm(values, rows, cols, "F32", zeros, outside or memoryview(b""))
 
     def relax(self, stored: FourBit, difference: memoryview, relaxation: float, target: memoryview) -> None:
-        """target ← target + relaxation·(difference + Q − target); `target` in the dtype of `stored`, `difference`
-        float32."""
+        """difference ← difference + Q, float32, and target ← target + relaxation·(difference − target), in the dtype of
+        `stored`."""
         spec = stored.spec
         self._splitter.relax_towards(
             target, difference, relaxation, spec.dtype, spec.code, stored.packed, stored.absmax
@@ -162,9 +177,9 @@ class NativeBackend:
         return _core.refit_workspace_bytes(spec.rows, spec.cols, spec.rank, threads)
 
     @staticmethod
-    def nuclear_norm_workspace_bytes(rows: int, cols: int, threads: int) -> int:
+    def nuclear_norm_workspace_bytes(rows: int, cols: int, threads: int, zeros: int) -> int:
         """Upper bound of the memory that `nuclear_norm` takes."""
-        return _core.nuclear_norm_workspace_bytes(rows, cols, threads)
+        return _core.nuclear_norm_workspace_bytes(rows, cols, threads, zeros)
 
     def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
         """See `Backend.workspace_bytes`."""

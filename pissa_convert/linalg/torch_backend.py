@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from pissa_convert.linalg.torch_basis import Note
 from pissa_convert.linalg.torch_device import Device
 from pissa_convert.linalg.torch_krylov import Factors, factorize
 from pissa_convert.linalg.torch_matrix import CHUNK, Matrix
-from pissa_convert.linalg.torch_refit import follow
+from pissa_convert.linalg.torch_refit import correct, follow
 from pissa_convert.linalg.torch_schedule import device_bytes
+
+Done = TypeVar("Done")
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -95,7 +98,12 @@ class TorchBackend:
         if self._try(lambda chunk: self._split(difference, a, b, spec, chunk, near=True), spec) is None:
             self._home.cpu.refit(difference, a, b, spec)
 
-    def _try(self, work: Callable[[int], SplitStats], spec: SplitSpec) -> SplitStats | None:
+    def correct(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec) -> bool:
+        """See `Backend.correct`, and `split`."""
+        done = self._try(lambda chunk: self._correct(difference, a, b, spec, chunk), spec)
+        return self._home.cpu.correct(difference, a, b, spec) if done is None else done
+
+    def _try(self, work: Callable[[int], Done], spec: SplitSpec) -> Done | None:
         """`work` with so many values widened at a time; None, and a warning, where there is no memory for it."""
         device = self._home
         attempts: list[tuple[Callable[[], AbstractContextManager[None]], int]] = [
@@ -111,6 +119,19 @@ class TorchBackend:
         device.warnings.append(f"{spec.name}: too large for the memory of {self._device}, split by the CPU instead")
         return None
 
+    def _correct(self, difference: memoryview, a: memoryview, b: memoryview, spec: SplitSpec, chunk: int) -> bool:
+        dtype = _DTYPES[spec.adapter_dtype]
+        values = self._on_device(difference, (spec.rows, spec.cols), torch.float32)
+        start_a, start_b = self._on_device(a, spec.a_shape, dtype), self._on_device(b, spec.b_shape, dtype)
+        found = correct(values, start_a.float(), start_b.float(), spec.scaling)
+        if found is None:
+            return False
+        made = [part.to(dtype).contiguous() for part in found]
+        if not all(bool(torch.isfinite(part).all()) for part in made):
+            return False
+        self._send_back(((a, made[0]), (b, made[1]), (difference, values)))
+        return True
+
     def workspace_bytes(self, spec: SplitSpec, threads: int) -> int:
         """See `Backend.workspace_bytes`: what the CPU takes where it has to do the work."""
         cpu = self._home.cpu
@@ -124,18 +145,22 @@ class TorchBackend:
     def _split(
         self, weight: memoryview, a: memoryview, b: memoryview, spec: SplitSpec, chunk: int, *, near: bool = False
     ) -> SplitStats:
-        values = torch.empty(spec.rows, spec.cols, dtype=_DTYPES[spec.dtype], device=self._device)
-        _fill(values, weight)
-        start = None
-        if near:
-            start = torch.empty(*spec.a_shape, dtype=_DTYPES[spec.adapter_dtype], device=self._device)
-            _fill(start, a)
+        values = self._on_device(weight, (spec.rows, spec.cols), _DTYPES[spec.dtype])
+        start = self._on_device(a, spec.a_shape, _DTYPES[spec.adapter_dtype]) if near else None
         made_a, made_b, stats = split_values(values, spec, self._home.warnings.append, chunk, start)
-        for place, made in ((a, made_a), (b, made_b), (weight, values)):
+        self._send_back(((a, made_a), (b, made_b), (weight, values)))
+        return stats
+
+    def _on_device(self, data: memoryview, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        _as_bytes(tensor).copy_(torch.frombuffer(data.cast("B"), dtype=torch.uint8), non_blocking=True)
+        return tensor
+
+    def _send_back(self, results: Iterable[tuple[memoryview, torch.Tensor]]) -> None:
+        for place, made in results:
             torch.frombuffer(place.cast("B"), dtype=torch.uint8).copy_(_as_bytes(made), non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
-        return stats
 
 
 def split_values(
@@ -167,10 +192,6 @@ def split_values(
     dtype = _DTYPES[spec.adapter_dtype]
     stats = SplitStats.of(factors.sigma.tolist(), norm, error, factors.estimated_deficit, factors.passes)
     return a.to(dtype).contiguous(), b.to(dtype).contiguous(), stats
-
-
-def _fill(tensor: torch.Tensor, data: memoryview) -> None:
-    _as_bytes(tensor).copy_(torch.frombuffer(data.cast("B"), dtype=torch.uint8), non_blocking=True)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""The leading singular triplets of a matrix near one whose triplets are known, on a device: see cpp/refit.hpp."""
+"""A and B after a change of the matrix they were fitted to, on a device: see cpp/refit.hpp and cpp/correction.hpp."""
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import torch
@@ -47,6 +48,59 @@ def follow(weight: Matrix, a: torch.Tensor) -> Factors | None:
             return Factors(_combined(to_basis, y), right, sigma, sigma * scale, passes, deficit)
         x = right / torch.from_numpy(sigma).to(right)[:, None]
     return None
+
+
+_INDEPENDENT = 0.25
+"""Of a Cholesky factor's diagonal, for rows of length one: see correction.cpp."""
+
+
+def correct(
+    difference: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """One step of alternating least squares, where `difference` (out × in) is what A and B leave of a matrix.
+
+    Args:
+        difference: becomes what they leave then.
+        a, b: rank × in and out × rank.
+        scaling: of their product.
+
+    Returns:
+        A and B, all float32. None where the difference is zero or not finite, or their rows or columns are far from
+        independent; then nothing has changed.
+    """
+    norm = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
+    if not (norm > 0 and math.isfinite(norm)):
+        return None
+    exponent = max(-120, min(math.frexp(norm)[1], 120))
+    length = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+    x = a / torch.where(length > 0, length, 1.0)
+    y = b.T * length * math.ldexp(scaling, -exponent)
+    matrix = Matrix(difference).at(exponent)
+    x_inverse = _inverse(_gram(x))
+    if x_inverse is None:
+        return None
+    y_step = _combined(x_inverse, matrix.product(x))
+    y = y + y_step
+    y_inverse = _inverse(_gram(y))
+    if y_inverse is None:
+        return None
+    x_step = _combined(y_inverse, matrix.transposed_product(y) - (y @ y_step.T) @ x)
+    difference.addmm_(torch.cat((y_step, y)).T, torch.cat((x, x_step)), alpha=-math.ldexp(1.0, exponent))
+    x = x + x_step
+    x_length, y_length = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (x, y))
+    shared = (x_length * y_length * math.ldexp(1.0, exponent) / scaling).sqrt()
+    return x / x_length * shared, (y / y_length * shared).T
+
+
+def _inverse(gram: Array) -> Array | None:
+    length = np.sqrt(np.diag(gram))
+    if not (length > 0).all():
+        return None
+    triangle = cholesky(gram)
+    if triangle is None or (np.diag(triangle) < _INDEPENDENT * length).any():
+        return None
+    inverse = np.linalg.inv(triangle)
+    return cast(Array, inverse @ inverse.T)
 
 
 def _gram(rows: torch.Tensor) -> Array:

@@ -129,7 +129,7 @@ def _workspace(shards: Iterable[ShardPlan], backend: Backend, compare_loftq: boo
         split, form = step.treatment.split, step.treatment.format
         if split is None:
             return 0
-        norm = NativeBackend.nuclear_norm_workspace_bytes(form.rows, form.cols, threads)
+        norm = NativeBackend.nuclear_norm_workspace_bytes(form.rows, form.cols, threads, split.rank)
         return max(backend.workspace_bytes(split, threads), backend.refit_workspace_bytes(split, threads), norm)
 
     steps = [step for shard in shards for step in shard.steps if isinstance(step, Quantise)]

@@ -67,22 +67,35 @@ class QuantiseLane:
         plain = FourBit.empty(form)
         quantiser.quantise(weight, plain)
         difference = memoryview(bytearray(4 * form.rows * form.cols))
-        quantiser.subtract(weight, plain, difference)
+        quantiser.subtract(weight, form.dtype, plain, difference)
         norm, plain_error = quantiser.norm(weight, form.dtype), quantiser.norm(difference, "F32")
         if split is None:
             return plain, (), QuantStats(norm, plain_error, plain_error)
         plain_nuclear, estimated = quantiser.nuclear_norm(difference, form.rows, form.cols)
         del difference, plain
         found = alternate.alternate(weight, split, form, self.iterations, self.backend, quantiser)
-        nuclear, _ = quantiser.nuclear_norm(found.difference, form.rows, form.cols, zeros=split.rank)
+        nuclear = self._nuclear_norm(found, form, split)
         stats = QuantStats(norm, found.error, plain_error, nuclear, plain_nuclear)
         stats = replace(stats, iterations=found.iterations, estimated=estimated)
         found.difference = memoryview(b"")
         if self.compare_loftq:
             other = alternate.loftq(weight, split, form, self.iterations, self.backend, quantiser)
-            nuclear, _ = quantiser.nuclear_norm(other.difference, form.rows, form.cols, zeros=split.rank)
+            nuclear = self._nuclear_norm(other, form, split)
             stats = replace(stats, loftq_error=other.error, loftq_nuclear=nuclear)
         return found.base, (found.a, found.b), stats
+
+    def _nuclear_norm(self, found: alternate.Adapted, form: FourBitSpec, split: SplitSpec) -> float:
+        """Of what is left: nothing in the adapter's directions of the shorter side, but for rounding.
+
+        That of the adapter's dtype is too much to be nothing.
+        """
+        outside = None
+        if split.adapter_dtype == "F32":
+            outside = found.b if form.rows <= form.cols else found.a
+        value, _ = self.quantiser.nuclear_norm(
+            found.difference, form.rows, form.cols, zeros=split.rank, outside=outside
+        )
+        return value
 
 
 def workspace_bytes(treatment: Treatment, *, compare_loftq: bool) -> int:
