@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "kernels/kernels.hpp"
@@ -22,6 +23,16 @@ FourBitCode make_code(const std::array<float, kFourBitCodes>& values,
   std::copy(values.begin(), values.end(), code.values);
   code.sorted = std::is_sorted(order.begin(), order.end());
   for (std::size_t i = 0; i + 1 < kFourBitCodes; ++i) code.bounds[i] = (values[order[i]] + values[order[i + 1]]) / 2;
+  std::fill(code.cell_bounds, code.cell_bounds + kFourBitCells, std::numeric_limits<float>::infinity());
+  std::fill(code.cell_places, code.cell_places + kFourBitCells, 0);
+  code.by_cells = code.sorted;
+  for (const float bound : code.bounds) {
+    constexpr float kHalf = kFourBitCells / 2;
+    const auto cell = static_cast<std::size_t>(std::fma(bound, kHalf, kHalf));  // as the kernels round it
+    code.by_cells = code.by_cells && std::isinf(code.cell_bounds[cell]);
+    code.cell_bounds[cell] = bound;
+    for (std::size_t after = cell + 1; after < kFourBitCells; ++after) ++code.cell_places[after];
+  }
   for (std::size_t i = 0; i < 256; ++i) {
     code.pairs[i] = static_cast<std::uint8_t>(order[i >> 4] << 4 | order[i & 15]);
   }
@@ -126,56 +137,23 @@ float mean(const float* values, std::size_t count) {
   return total / static_cast<float>(count);
 }
 
-struct F32 {
-  using Bits = float;
-  static float widen(float value) { return value; }
-  static float round(float value) { return value; }
-};
-struct F16 {
-  using Bits = std::uint16_t;
-  static float widen(Bits bits) { return f16_to_float(bits); }
-  static Bits round(float value) { return float_to_f16(value); }
-};
-struct Bf16 {
-  using Bits = std::uint16_t;
-  static float widen(Bits bits) { return bf16_to_float(bits); }
-  static Bits round(float value) { return float_to_bf16(value); }
-};
+constexpr std::size_t kPiece = 16 * kFourBitBlock;
 
-// Calls work(i, q) for every value's index and stored value, the latter as the dtype holds it.
-template <class Convert, class Work>
-void for_each_stored(ThreadPool& pool, const FourBit& stored, std::size_t count, const Work& work) {
-  const std::size_t blocks = four_bit_blocks(count);
-  pool.run((blocks + kBlocksPerTask - 1) / kBlocksPerTask, [&](std::size_t task) {
-    const std::size_t end = std::min(blocks, (task + 1) * kBlocksPerTask);
-    for (std::size_t block = task * kBlocksPerTask; block < end; ++block) {
-      const float scale = stored.absmax[block];
-      float scaled[kFourBitCodes];
-      for (std::size_t i = 0; i < kFourBitCodes; ++i) {
-        scaled[i] = Convert::widen(Convert::round(stored.code->values[i] * scale));
-      }
-      const std::size_t begin = block * kFourBitBlock, size = std::min(kFourBitBlock, count - begin);
-      const std::uint8_t* packed = stored.packed + begin / 2;
-      float q[kFourBitBlock];
-      for (std::size_t i = 0; i < (size + 1) / 2; ++i) {
-        q[2 * i] = scaled[packed[i] >> 4];
-        q[2 * i + 1] = scaled[packed[i] & 15];
-      }
-      for (std::size_t i = 0; i < size; ++i) work(begin + i, q[i]);
+// Calls work(begin, size, q) for pieces of the values, q being what is stored of them, as the dtype holds it.
+template <class Work>
+void for_each_piece(const Kernels& kernels, ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count,
+                    const Work& work) {
+  constexpr std::size_t kTask = kBlocksPerTask * kFourBitBlock;
+  pool.run((count + kTask - 1) / kTask, [&](std::size_t task) {
+    const std::size_t end = std::min(count, (task + 1) * kTask);
+    for (std::size_t begin = task * kTask; begin < end; begin += kPiece) {
+      const std::size_t size = std::min(kPiece, end - begin);
+      alignas(64) float q[kPiece];
+      kernels.read_codes(stored.packed + begin / 2, stored.absmax + begin / kFourBitBlock, size, *stored.code, dtype,
+                         q);
+      work(begin, size, q);
     }
   });
-}
-
-template <class Call>
-void for_dtype(DType dtype, const Call& call) {
-  switch (dtype) {
-    case DType::f32:
-      return call(F32{});
-    case DType::f16:
-      return call(F16{});
-    case DType::bf16:
-      return call(Bf16{});
-  }
 }
 
 }  // namespace
@@ -243,39 +221,45 @@ void unnest_absmax(const std::uint8_t* codes, const float* nested_absmax, float 
   for (std::size_t i = 0; i < blocks; ++i) absmax[i] = map[codes[i]] * nested_absmax[i / kNestedBlock] + mean;
 }
 
-void dequantise(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, void* out) {
-  for_dtype(dtype, [&](auto convert) {
-    using Convert = decltype(convert);
-    auto* to = static_cast<typename Convert::Bits*>(out);
-    for_each_stored<Convert>(pool, stored, count, [&](std::size_t i, float q) { to[i] = Convert::round(q); });
-  });
-}
-
-void subtract_stored(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, const void* values,
-                     DType values_dtype, float* out) {
-  for_dtype(dtype, [&](auto convert) {
-    using Convert = decltype(convert);
-    if (values_dtype == DType::f32) {
-      const auto* from = static_cast<const float*>(values);
-      for_each_stored<Convert>(pool, stored, count, [&](std::size_t i, float q) { out[i] = from[i] - q; });
+void dequantise(const Kernels& kernels, ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count,
+                void* out) {
+  for_each_piece(kernels, pool, stored, dtype, count, [&](std::size_t begin, std::size_t size, const float* q) {
+    if (dtype == DType::f32) {
+      std::copy_n(q, size, static_cast<float*>(out) + begin);
       return;
     }
-    const auto* from = static_cast<const typename Convert::Bits*>(values);
-    for_each_stored<Convert>(pool, stored, count,
-                             [&](std::size_t i, float q) { out[i] = Convert::widen(from[i]) - q; });
+    auto* to = static_cast<std::uint16_t*>(out) + begin;
+    for (std::size_t i = 0; i < size; ++i) to[i] = dtype == DType::f16 ? float_to_f16(q[i]) : float_to_bf16(q[i]);
   });
 }
 
-void relax_towards(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, float* difference,
-                   float relaxation, void* target) {
-  for_dtype(dtype, [&](auto convert) {
-    using Convert = decltype(convert);
-    auto* to = static_cast<typename Convert::Bits*>(target);
-    for_each_stored<Convert>(pool, stored, count, [&](std::size_t i, float q) {
-      const float now = Convert::widen(to[i]);
-      difference[i] += q;
-      to[i] = Convert::round(now + relaxation * (difference[i] - now));
-    });
+void subtract_stored(const Kernels& kernels, ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count,
+                     const void* values, DType values_dtype, float* out) {
+  for_each_piece(kernels, pool, stored, dtype, count, [&](std::size_t begin, std::size_t size, const float* q) {
+    alignas(64) float value[kPiece];
+    kernels.widen(static_cast<const char*>(values) + begin * size_of(values_dtype), values_dtype, value, size);
+    for (std::size_t i = 0; i < size; ++i) out[begin + i] = value[i] - q[i];
+  });
+}
+
+void relax_towards(const Kernels& kernels, ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count,
+                   float* difference, float relaxation, void* target) {
+  for_each_piece(kernels, pool, stored, dtype, count, [&](std::size_t begin, std::size_t size, const float* q) {
+    char* to = static_cast<char*>(target) + begin * size_of(dtype);
+    float* goal = difference + begin;
+    alignas(64) float step[kPiece];  // back from the goal
+    kernels.widen(to, dtype, step, size);
+    for (std::size_t i = 0; i < size; ++i) {
+      goal[i] += q[i];
+      step[i] = relaxation * (step[i] - goal[i]);
+    }
+    if (dtype == DType::f32) {
+      auto* values = reinterpret_cast<float*>(to);
+      for (std::size_t i = 0; i < size; ++i) values[i] -= step[i];
+    } else {
+      TileNorms norms;
+      kernels.subtract(to, dtype, step, size, 1.0f, norms);
+    }
   });
 }
 

@@ -18,6 +18,7 @@ class ThreadPool;
 
 constexpr std::size_t kFourBitBlock = 64;
 constexpr std::size_t kFourBitCodes = 16;
+constexpr std::size_t kFourBitCells = 32;
 constexpr std::size_t kNestedBlock = 256;
 constexpr float kSmallestAbsmax = 1e-38f;
 
@@ -25,8 +26,12 @@ constexpr float kSmallestAbsmax = 1e-38f;
 struct FourBitCode {
   float values[kFourBitCodes];      // by code
   float bounds[kFourBitCodes - 1];  // midpoints of the sorted values
-  bool sorted;                      // a code is its value's place among the sorted values
-  std::uint8_t pairs[256];          // the byte of two codes, by the byte of their values' places
+  // Of each of so many equal cells of [−1, 1]: the bound in it, or infinity, and how many lie before it.
+  float cell_bounds[kFourBitCells];
+  std::int32_t cell_places[kFourBitCells];
+  bool by_cells;            // the code is sorted, and there is no more than one bound in a cell
+  bool sorted;              // a code is its value's place among the sorted values
+  std::uint8_t pairs[256];  // the byte of two codes, by the byte of their values' places
 };
 
 const FourBitCode& nf4_code();
@@ -59,12 +64,13 @@ void unnest_absmax(const std::uint8_t* codes, const float* nested_absmax, float 
 // All of these work on `count` values of the given dtype; Q is what is stored, rounded to that dtype.
 
 // out ← Q
-void dequantise(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, void* out);
+void dequantise(const Kernels& kernels, ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count,
+                void* out);
 // out ← values − Q, for values of that dtype or float ones, which may lie in `out`
-void subtract_stored(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, const void* values,
-                     DType values_dtype, float* out);
+void subtract_stored(const Kernels& kernels, ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count,
+                     const void* values, DType values_dtype, float* out);
 // difference ← difference + Q, and target ← target + relaxation·(difference − target)
-void relax_towards(ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count, float* difference,
-                   float relaxation, void* target);
+void relax_towards(const Kernels& kernels, ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count,
+                   float* difference, float relaxation, void* target);
 
 }  // namespace pissa

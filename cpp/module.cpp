@@ -178,7 +178,7 @@ class Splitter {
     void* to = writable_bytes(out, count * size_of(parse_dtype(dtype)), "out");
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
-    pissa::dequantise(pool_, stored, parse_dtype(dtype), count, to);
+    pissa::dequantise(kernels_, pool_, stored, parse_dtype(dtype), count, to);
   }
 
   void subtract_stored(const py::buffer& values, const std::string& values_dtype, const py::buffer& out,
@@ -191,7 +191,7 @@ class Splitter {
     auto* to = static_cast<float*>(writable_bytes(out, count * sizeof(float), "out"));
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
-    pissa::subtract_stored(pool_, stored, parse_dtype(dtype), count, from, parse_dtype(values_dtype), to);
+    pissa::subtract_stored(kernels_, pool_, stored, parse_dtype(dtype), count, from, parse_dtype(values_dtype), to);
   }
 
   void relax_towards(const py::buffer& target, const py::buffer& difference, float relaxation, const std::string& dtype,
@@ -202,7 +202,7 @@ class Splitter {
     auto* from = static_cast<float*>(writable_bytes(difference, count * sizeof(float), "difference"));
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
-    pissa::relax_towards(pool_, stored, parse_dtype(dtype), count, from, relaxation, to);
+    pissa::relax_towards(kernels_, pool_, stored, parse_dtype(dtype), count, from, relaxation, to);
   }
 
   std::string kernel() const { return kernels_.name; }

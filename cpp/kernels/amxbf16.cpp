@@ -269,6 +269,7 @@ const Kernels kAmxBf16 = {"amxbf16",
                           subtract_bf16,
                           max_magnitude,
                           quantise,
+                          read_codes,
                           tridiagonalize};
 
 }  // namespace pissa

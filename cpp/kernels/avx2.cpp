@@ -128,6 +128,11 @@ bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode
   return quantise_with(widen, src, dtype, count, code, packed, absmax);
 }
 
+void read_codes(const std::uint8_t* packed, const float* absmax, std::size_t count, const FourBitCode& code,
+                DType dtype, float* q) {
+  read_codes_one_by_one(packed, absmax, count, code, dtype, q);
+}
+
 template <class From>
 constexpr RowKernels kRows = {multiply_stored<Float8, From, 3, 4, 8>, add_transposed<Float8, From, 6>};
 
@@ -145,6 +150,7 @@ const Kernels kAvx2 = {"avx2",
                        subtract,
                        max_magnitude,
                        quantise,
+                       read_codes,
                        tridiagonalize};
 
 }  // namespace pissa

@@ -15,6 +15,7 @@ const Kernels kAvx512 = {"avx512",
                          subtract,
                          max_magnitude,
                          quantise,
+                         read_codes,
                          tridiagonalize};
 
 }  // namespace pissa

@@ -128,9 +128,75 @@ constexpr Tile kDoubleTile = make_tile<Double8, 8, 3, 12>();
 template <class From>
 constexpr RowKernels kRows = {multiply_stored<Float16, From, 3, 8, 16>, add_transposed<Float16, From, 12>};
 
+inline __m512 load_values(const void* src, DType dtype, std::size_t i) {
+  if (dtype == DType::f32) return _mm512_loadu_ps(static_cast<const float*>(src) + i);
+  return load_half(static_cast<const std::uint16_t*>(src) + i, dtype, first_lanes(16));
+}
+
+// The same as quantise_with, for NF4: its codes are the places among the sorted values, and the place of a value is
+// looked up by the one of 32 equal cells of [−1, 1] that it lies in, where there is at most one bound.
 bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode& code, std::uint8_t* packed,
               float* absmax) {
-  return quantise_with(widen, src, dtype, count, code, packed, absmax);
+  if (!code.by_cells) return quantise_with(widen, src, dtype, count, code, packed, absmax);
+  constexpr std::size_t kVectors = kFourBitBlock / 16;
+  const __m512 bound[2] = {_mm512_loadu_ps(code.cell_bounds), _mm512_loadu_ps(code.cell_bounds + 16)};
+  const __m512i below[2] = {_mm512_loadu_si512(code.cell_places), _mm512_loadu_si512(code.cell_places + 16)};
+  const std::size_t whole = count / kFourBitBlock * kFourBitBlock;
+  __m512i top = _mm512_setzero_si512();
+  for (std::size_t at = 0; at < whole; at += kFourBitBlock) {
+    __m512 x[kVectors];
+    // Magnitudes order like their bits, and NaN and infinity come out on top.
+    __m512i largest = _mm512_setzero_si512();
+    for (std::size_t v = 0; v < kVectors; ++v) {
+      x[v] = load_values(src, dtype, at + 16 * v);
+      largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(x[v])));
+    }
+    top = _mm512_max_epu32(top, largest);
+    const std::uint32_t bits = _mm512_reduce_max_epu32(largest);
+    std::memcpy(absmax, &bits, sizeof bits);
+    const __m512 factor = _mm512_set1_ps(1.0f / std::max(*absmax++, kSmallestAbsmax));
+    for (std::size_t v = 0; v < kVectors; ++v) {
+      const __m512 value = _mm512_mul_ps(x[v], factor);
+      const __m512i cell = _mm512_min_epi32(
+          _mm512_max_epi32(_mm512_cvttps_epi32(_mm512_fmadd_ps(value, _mm512_set1_ps(kFourBitCells / 2),
+                                                               _mm512_set1_ps(kFourBitCells / 2))),
+                           _mm512_setzero_si512()),
+          _mm512_set1_epi32(kFourBitCells - 1));
+      const __mmask16 above = _mm512_cmp_ps_mask(value, _mm512_permutex2var_ps(bound[0], cell, bound[1]), _CMP_GT_OQ);
+      const __m512i place = _mm512_permutex2var_epi32(below[0], cell, below[1]);
+      const __m512i code_place = _mm512_mask_add_epi32(place, above, place, _mm512_set1_epi32(1));
+      // The first of a pair of values in the upper half of its byte.
+      const __m512i pair = _mm512_or_si512(_mm512_slli_epi32(code_place, 4), _mm512_srli_epi64(code_place, 32));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi64_epi8(pair));
+      packed += 8;
+    }
+  }
+  const bool finite = _mm512_reduce_max_epu32(top) < 0x7f800000u;
+  const char* rest = static_cast<const char*>(src) + whole * size_of(dtype);
+  return quantise_with(widen, rest, dtype, count - whole, code, packed, absmax) && finite;
+}
+
+inline __m512 rounded(__m512 values, DType dtype) {
+  if (dtype == DType::f32) return values;
+  const __m256i bits = round_half(values, dtype);
+  if (dtype == DType::f16) return _mm512_cvtph_ps(bits);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+void read_codes(const std::uint8_t* packed, const float* absmax, std::size_t count, const FourBitCode& code,
+                DType dtype, float* q) {
+  const __m512 values = _mm512_loadu_ps(code.values);
+  const std::size_t whole = count / kFourBitBlock * kFourBitBlock;
+  for (std::size_t at = 0; at < whole; at += kFourBitBlock, ++absmax) {
+    const __m512 scaled = rounded(_mm512_mul_ps(values, _mm512_set1_ps(*absmax)), dtype);
+    for (std::size_t i = at; i < at + kFourBitBlock; i += 16, packed += 8) {
+      // Each byte in the two halves of 64 bits: the lookup takes their lowest four bits.
+      const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+      const __m512i codes = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
+      _mm512_storeu_ps(q + i, _mm512_permutexvar_ps(codes, scaled));
+    }
+  }
+  read_codes_one_by_one(packed, absmax, count - whole, code, dtype, q + whole);
 }
 
 }  // namespace

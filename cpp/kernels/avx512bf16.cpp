@@ -21,6 +21,7 @@ const Kernels kAvx512Bf16 = {"avx512bf16",
                              subtract_bf16,
                              max_magnitude,
                              quantise,
+                             read_codes,
                              tridiagonalize};
 
 }  // namespace pissa

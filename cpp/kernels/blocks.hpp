@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "four_bit.hpp"
+#include "kernels/scalar.hpp"
 
 namespace pissa {
 namespace {
@@ -88,6 +89,22 @@ bool quantise_with(const Widen& widen, const void* src, DType dtype, std::size_t
     packed += (size + 1) / 2;
   }
   return sum == 0.0f;
+}
+
+inline float rounded_to(DType dtype, float value) {
+  if (dtype == DType::f32) return value;
+  return dtype == DType::bf16 ? bf16_to_float(float_to_bf16(value)) : f16_to_float(float_to_f16(value));
+}
+
+// See Kernels::read_codes.
+inline void read_codes_one_by_one(const std::uint8_t* packed, const float* absmax, std::size_t count,
+                                  const FourBitCode& code, DType dtype, float* q) {
+  for (std::size_t at = 0; at < count; at += kFourBitBlock, ++absmax) {
+    float scaled[kFourBitCodes];
+    for (std::size_t i = 0; i < kFourBitCodes; ++i) scaled[i] = rounded_to(dtype, code.values[i] * *absmax);
+    const std::size_t end = std::min(count, at + kFourBitBlock);
+    for (std::size_t i = at; i < end; ++i) q[i] = scaled[i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15];
+  }
 }
 
 }  // namespace

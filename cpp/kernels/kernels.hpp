@@ -99,6 +99,9 @@ struct Kernels {
   // finite.
   bool (*quantise)(const void* src, DType dtype, std::size_t count, const FourBitCode& code, std::uint8_t* packed,
                    float* absmax);
+  // The inverse, from the start of a block on: q[i] is the stored value, rounded to the dtype.
+  void (*read_codes)(const std::uint8_t* packed, const float* absmax, std::size_t count, const FourBitCode& code,
+                     DType dtype, float* q);
   // Symmetric a (n × n, and zeros up to `stride` × `stride`, a multiple of 16) as Q·T·Qᵀ with T tridiagonal, its
   // diagonal and what is beside it. Q is left in a and tau as LAPACK's sytrd leaves it ("L"). `work` is 4 × stride. The
   // largest element should be of order one.

@@ -80,6 +80,11 @@ bool quantise(const void* src, DType dtype, std::size_t count, const FourBitCode
   return quantise_with(widen, src, dtype, count, code, packed, absmax);
 }
 
+void read_codes(const std::uint8_t* packed, const float* absmax, std::size_t count, const FourBitCode& code,
+                DType dtype, float* q) {
+  read_codes_one_by_one(packed, absmax, count, code, dtype, q);
+}
+
 template <class From>
 constexpr RowKernels kRows = {multiply_stored<Plain<float>, From, 2, 2, 4>, add_transposed<Plain<float>, From, 2>};
 
@@ -97,6 +102,7 @@ const Kernels kPortable = {"portable",
                            subtract,
                            max_magnitude,
                            quantise,
+                           read_codes,
                            tridiagonalize};
 
 }  // namespace pissa

@@ -30,7 +30,7 @@ void check_kernel(const Kernels& kernels, DType dtype, std::size_t count, const 
     CHECK(found.packed == reference.packed && found.absmax == reference.absmax, "%s %s %zu: %u threads differ",
           kernels.name, name_of(dtype), count, threads);
     std::vector<float> difference(count);
-    subtract_stored(pool, found.view(code), dtype, count, w.bytes.data(), dtype, difference.data());
+    subtract_stored(kernels, pool, found.view(code), dtype, count, w.bytes.data(), dtype, difference.data());
     for (std::size_t i = 0; i < count; ++i) {
       // NF4's widest gap between neighbours is 0.304, FP4's a third.
       const float limit = 0.17f * found.absmax[i / kFourBitBlock];
