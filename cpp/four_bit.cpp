@@ -224,12 +224,7 @@ void unnest_absmax(const std::uint8_t* codes, const float* nested_absmax, float 
 void dequantise(const Kernels& kernels, ThreadPool& pool, const FourBit& stored, DType dtype, std::size_t count,
                 void* out) {
   for_each_piece(kernels, pool, stored, dtype, count, [&](std::size_t begin, std::size_t size, const float* q) {
-    if (dtype == DType::f32) {
-      std::copy_n(q, size, static_cast<float*>(out) + begin);
-      return;
-    }
-    auto* to = static_cast<std::uint16_t*>(out) + begin;
-    for (std::size_t i = 0; i < size; ++i) to[i] = dtype == DType::f16 ? float_to_f16(q[i]) : float_to_bf16(q[i]);
+    store_as(dtype, q, size, static_cast<char*>(out) + begin * size_of(dtype));
   });
 }
 

@@ -31,7 +31,8 @@ void scipy_strsm_(const char* side, const char* uplo, const char* trans, const c
 void scipy_dtrsm_(const char* side, const char* uplo, const char* trans, const char* diag, const int* m, const int* n,
                   const double* alpha, const double* a, const int* lda, double* b, const int* ldb);
 void scipy_dpotrf_(const char* uplo, const int* n, double* a, const int* lda, int* info);
-void scipy_dpotri_(const char* uplo, const int* n, double* a, const int* lda, int* info);
+void scipy_spotrf_(const char* uplo, const int* n, float* a, const int* lda, int* info);
+void scipy_spotri_(const char* uplo, const int* n, float* a, const int* lda, int* info);
 void scipy_dpstrf_(const char* uplo, const int* n, double* a, const int* lda, int* pivots, int* rank,
                    const double* tolerance, double* work, int* info);
 void scipy_sgeqrf_(const int* m, const int* n, float* a, const int* lda, float* tau, float* work, const int* lwork,

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "correction.hpp"
 #include "four_bit.hpp"
 #include "lapack.hpp"
 #include "norms.hpp"

@@ -151,15 +151,6 @@ SplitResult refit(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
   return finish(kernels, pool, request, std::move(*factors), std::move(result), Precision::single);
 }
 
-bool correct(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request) {
-  const std::optional<Correction> found = find_correction(kernels, pool, request);
-  if (!found || !store_factors(pool, request, found->factors).finite) return false;
-  const Change& change = found->change;
-  subtract_product(kernels, pool, request.weight, change.left.data(), change.right.data(), change.depth, change.scaling,
-                   static_cast<float>(1 / change.scaling), Precision::coarse);
-  return true;
-}
-
 std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads) {
   const auto tall = [&](std::size_t n) { return Scratch::rounded(sizeof(float) * n * rank); };
   const std::size_t factors = 2 * (tall(weight.rows) + tall(weight.cols));

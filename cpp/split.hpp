@@ -44,12 +44,9 @@ SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
 // is left in the matrix' place is summed in float.
 SplitResult refit(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request);
 
-// A and B become, and a float matrix that they left with them, what they are after one step of alternating least
-// squares (see correction.hpp). False, and the matrix as it was, where that cannot be: then a refit can.
-bool correct(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request);
-
 // Upper bound of the bytes that split() takes beside W, A and B.
 std::size_t split_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads);
+// The same for refit() and correct() (correction.hpp).
 std::size_t refit_workspace_bytes(const Weight& weight, std::size_t rank, unsigned threads);
 
 }  // namespace pissa

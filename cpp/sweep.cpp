@@ -20,21 +20,23 @@ constexpr std::size_t kLaneElements = 64u << 10;
 constexpr std::size_t kXBytes = 256u << 10;
 constexpr std::size_t kMaxWide = 32;  // of any tile
 
-std::size_t min_lanes(const Weight& weight) {
-  return std::clamp<std::size_t>(weight.rows * weight.cols / kLaneElements, 1, kLanes);
+// The parts of Z have as many columns as the products.
+std::size_t min_lanes(const Weight& weight, std::size_t columns) {
+  const std::size_t elements = kLaneElements * std::max<std::size_t>(1, columns / kBesideColumns);
+  return std::clamp<std::size_t>(weight.rows * weight.cols / elements, 1, kLanes);
 }
 
-std::size_t choose_block_rows(std::size_t cache, const Weight& weight, std::size_t element_bytes) {
+std::size_t choose_block_rows(std::size_t cache, const Weight& weight, std::size_t element_bytes, std::size_t columns) {
   const std::size_t beside = weight.cols * kBesideColumns * (element_bytes + sizeof(float));
   const std::size_t left = cache - std::min(cache, cache / 2 + beside);
   const std::size_t row = weight.cols * std::min(size_of(weight.dtype), element_bytes);  // as it is multiplied
   const std::size_t fitting = left / std::max<std::size_t>(1, row);
   const std::size_t rows = std::clamp(fitting / 32 * 32, kMinBlockRows, kMaxBlockRows);
-  return std::min(rows, round_up(std::max<std::size_t>(weight.rows / min_lanes(weight), 1), kMinBlockRows));
+  return std::min(rows, round_up(std::max<std::size_t>(weight.rows / min_lanes(weight, columns), 1), kMinBlockRows));
 }
 
-std::size_t choose_lane_rows(const Weight& weight, std::size_t block_rows) {
-  const std::size_t lanes = min_lanes(weight);
+std::size_t choose_lane_rows(const Weight& weight, std::size_t block_rows, std::size_t columns) {
+  const std::size_t lanes = min_lanes(weight, columns);
   const std::size_t rows = std::min((weight.rows + lanes - 1) / lanes, kLaneRows);
   return round_up(std::max<std::size_t>(rows, 1), block_rows);
 }
@@ -64,8 +66,8 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
       pool_(pool),
       weight_(weight),
       tile_(tile_for<Element>(kernels)),
-      block_rows_(choose_block_rows(kernels.cache, weight, sizeof(Element))),
-      lane_rows_(choose_lane_rows(weight, block_rows_)),
+      block_rows_(choose_block_rows(kernels.cache, weight, sizeof(Element), max_block)),
+      lane_rows_(choose_lane_rows(weight, block_rows_, max_block)),
       steps_((weight.cols + tile_.depth - 1) / tile_.depth),
       direct_(!kIsBf16<Element> || (weight.dtype == DType::bf16 && weight.cols % tile_.wide == 0)),
       row_stride_(direct_ ? weight.cols : round_up(weight.cols, tile_.wide) + 32),
@@ -76,7 +78,7 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
 
 template <class Element>
 std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t max_block, unsigned threads) {
-  const std::size_t rows = choose_block_rows(kLargestCache, weight, sizeof(Element));
+  const std::size_t rows = choose_block_rows(kLargestCache, weight, sizeof(Element), max_block);
   const std::size_t part = Scratch::rounded(sizeof(float) * (weight.cols + 80) * max_block);
   const std::size_t lane = (kIsBf16<Element> ? Scratch::rounded(sizeof(Element) * rows * (weight.cols + 96)) : 0) +
                            Scratch::rounded(sizeof(Element) * rows * max_block) +

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "weight.hpp"
+
 namespace pissa {
 namespace {
 
@@ -53,4 +55,16 @@ inline std::uint16_t float_to_f16(float value) {
 }
 
 }  // namespace
+// Values as the dtype holds them.
+inline void store_as(DType dtype, const float* values, std::size_t count, void* place) {
+  if (dtype == DType::f32) {
+    std::memcpy(place, values, count * sizeof *values);
+    return;
+  }
+  auto* halves = static_cast<std::uint16_t*>(place);
+  for (std::size_t i = 0; i < count; ++i) {
+    halves[i] = dtype == DType::f16 ? float_to_f16(values[i]) : float_to_bf16(values[i]);
+  }
+}
+
 }  // namespace pissa

@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "check.hpp"
+#include "correction.hpp"
 #include "matrices.hpp"
 #include "split.hpp"
 

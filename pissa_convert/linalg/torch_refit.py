@@ -65,14 +65,14 @@ def correct(
         scaling: of their product.
 
     Returns:
-        A and B, all float32. None where the difference is zero or not finite, or their rows or columns are far from
-        independent; then nothing has changed.
+        A and B, all float32. None where the difference is not finite, or their rows or columns are far from independent;
+        then nothing has changed.
     """
-    norm = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
-    if not (norm > 0 and math.isfinite(norm)):
-        return None
-    exponent = max(-120, min(math.frexp(norm)[1], 120))
     length = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+    largest = float((length[:, 0] * torch.linalg.vector_norm(b, dim=0)).max()) * scaling
+    if not (largest > 0 and math.isfinite(largest)):
+        return None
+    exponent = max(-120, min(math.frexp(largest)[1], 120))
     x = a / torch.where(length > 0, length, 1.0)
     y = b.T * length * math.ldexp(scaling, -exponent)
     matrix = Matrix(difference).at(exponent)
@@ -94,7 +94,7 @@ def correct(
 
 def _inverse(gram: Array) -> Array | None:
     length = np.sqrt(np.diag(gram))
-    if not (length > 0).all():
+    if not np.isfinite(gram).all() or not (length > 0).all():
         return None
     triangle = cholesky(gram)
     if triangle is None or (np.diag(triangle) < _INDEPENDENT * length).any():
