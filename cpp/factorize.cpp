@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "clock.hpp"
-#include "lapack.hpp"
+#include "exact.hpp"
 #include "packing.hpp"
 #include "projection.hpp"
 #include "range_finder.hpp"
@@ -17,9 +17,6 @@
 
 namespace pissa {
 namespace {
-
-// Where σ_r is less of σ₁ than this, products in bf16 and sums in float would cost the last directions accuracy.
-constexpr double kPrecise = 2e-2;
 
 // Columns of X to a pass. Narrower blocks reach the target with fewer columns, but blocks narrower than a vector waste
 // more than that.
@@ -57,94 +54,6 @@ constexpr std::size_t kSmallForBf16 = 96;
 // Share of the energy that a basis in bf16 loses by its rounding, at most, where the spectrum has a gap.
 constexpr double kFaithful = 1e-5;
 
-// Directions beyond the rank that a basis found in less precision hands on.
-constexpr std::size_t kSpare = 16;
-
-constexpr std::size_t kExactPiece = 512;
-
-// Squares of float between which their sums and products stay in range.
-constexpr double kSmallSquare = 1e-20, kLargeSquare = 1e20;
-
-// All singular directions of the smaller side, from its Gram matrix in T. None where float is not precise enough for
-// them.
-template <class T>
-std::optional<Factors> factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& weight,
-                                      std::size_t rank) {
-  const bool wide = weight.rows <= weight.cols;
-  const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
-  std::vector<float> row(weight.cols);
-  Buffer<T> piece(pool.scratch(), small * kExactPiece), gram(pool.scratch(), small * small);
-  // Column-major small × count: elements [begin, begin + count) of the larger side.
-  const auto load = [&](std::size_t begin, std::size_t count) {
-    const std::size_t bytes = size_of(weight.dtype);
-    if (wide) {
-      for (std::size_t i = 0; i < small; ++i) {
-        kernels.widen(static_cast<const char*>(weight.data) + (i * weight.cols + begin) * bytes, weight.dtype,
-                      row.data(), count);
-        for (std::size_t j = 0; j < count; ++j) piece[j * small + i] = static_cast<T>(row[j]);
-      }
-    } else {
-      for (std::size_t j = 0; j < count; ++j) {
-        kernels.widen(static_cast<const char*>(weight.data) + (begin + j) * weight.cols * bytes, weight.dtype,
-                      row.data(), small);
-        for (std::size_t i = 0; i < small; ++i) piece[j * small + i] = static_cast<T>(row[i]);
-      }
-    }
-  };
-  for (std::size_t at = 0; at < large; at += kExactPiece) {
-    const std::size_t count = std::min(kExactPiece, large - at);
-    load(at, count);
-    lapack::gemm('N', 'T', small, small, count, T{1}, piece.data(), small, piece.data(), small, at == 0 ? T{0} : T{1},
-                 gram.data(), small);
-  }
-  double trace = 0;
-  for (std::size_t i = 0; i < small; ++i) trace += static_cast<double>(gram[i * small + i]);
-  constexpr bool kIsDouble = std::is_same_v<T, double>;
-  if (!kIsDouble && !(trace > kSmallSquare && trace < kLargeSquare)) return std::nullopt;
-  if (!std::isfinite(trace)) throw std::domain_error("holds NaN or infinity");
-  std::vector<double> values(rank);
-  Buffer<T> vectors(pool.scratch(), small * rank), other(pool.scratch(), large * rank);
-  if (!lapack::largest_eigenpairs(kernels, pool.scratch(), small, gram.data(), rank, values.data(), vectors.data())) {
-    throw std::runtime_error("LAPACK stedc did not converge");
-  }
-  if (!kIsDouble && values[rank - 1] < kPrecise * kPrecise * values[0]) return std::nullopt;
-  for (std::size_t at = 0; at < large; at += kExactPiece) {
-    const std::size_t count = std::min(kExactPiece, large - at);
-    load(at, count);
-    lapack::gemm('T', 'N', count, rank, small, T{1}, piece.data(), small, vectors.data(), small, T{0},
-                 other.data() + at, large);
-  }
-  Factors factors;
-  factors.sigma.resize(rank);
-  factors.order.resize(rank);
-  std::iota(factors.order.begin(), factors.order.end(), 0);
-  factors.stride = rank;
-  factors.left = Buffer<float>(pool.scratch(), weight.rows * rank);
-  factors.right = Buffer<float>(pool.scratch(), weight.cols * rank);
-  for (std::size_t i = 0; i < rank; ++i) {
-    const T* image = other.data() + i * large;
-    factors.sigma[i] = std::sqrt(std::inner_product(image, image + large, image, 0.0));
-    const double inverse = factors.sigma[i] > 0 ? 1 / factors.sigma[i] : 0;
-    for (std::size_t j = 0; j < small; ++j) {
-      const auto v = static_cast<double>(vectors[i * small + j]);
-      if (wide) {
-        factors.left[j * rank + i] = static_cast<float>(v);
-      } else {
-        factors.right[j * rank + i] = static_cast<float>(v * factors.sigma[i]);
-      }
-    }
-    for (std::size_t j = 0; j < large; ++j) {
-      if (wide) {
-        factors.right[j * rank + i] = static_cast<float>(image[j]);
-      } else {
-        factors.left[j * rank + i] = static_cast<float>(static_cast<double>(image[j]) * inverse);
-      }
-    }
-  }
-  factors.length = factors.sigma;
-  return factors;
-}
-
 // The triplets that a Krylov basis holds. X is orthonormal up to its rounding only, and so X·v is not quite of length
 // one: W·(X·v) = σ·u holds as it is, and for the direction of X·v, σ is less by that length.
 template <class Element>
@@ -172,7 +81,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   const std::size_t rank = request.rank;
   // Of a weight that was rounded to bf16, the basis gives directions alone, and a few more than are wanted.
   const bool rounded = kIsBf16<Element> && weight.dtype != DType::bf16;
-  const std::size_t count = rounded ? round_up(rank, 16) + kSpare : rank;
+  const std::size_t count = rounded ? with_spare(rank) : rank;
   auto start = Clock::now();
   std::optional<RangeFinder<Element>> finder;
   finder.emplace(kernels, pool, weight, kBlock, schedule.max_passes, request.key);
@@ -259,22 +168,18 @@ Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
                : factor_by_krylov<float>(kernels, pool, request, schedule, weight.dtype == DType::f32, result);
   }
   const auto start = Clock::now();
-  std::optional<Factors> factors;
-  if (weight.dtype != DType::f32) factors = factor_exactly<float>(kernels, pool, weight, request.rank);
-  if (!factors) factors = factor_exactly<double>(kernels, pool, weight, request.rank);
+  Factors factors = factor_exactly(kernels, pool, weight, request.rank);
   result.ritz_seconds = seconds_since(start);
-  return std::move(*factors);
+  return factors;
 }
 
 std::size_t factorize_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads) {
-  const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
   const Schedule schedule(weight, rank, passes);
+  if (schedule.exact) return exact_workspace_bytes(weight, rank, threads);
   const std::size_t columns = kBlock * schedule.max_passes;
-  const std::size_t most = schedule.exact
-                               ? sizeof(double) * (2 * small * small + small * (kExactPiece + rank) + large * rank)
-                               : RangeFinder<float>::workspace_bytes(weight, kBlock, schedule.max_passes, threads) +
-                                     sizeof(double) * 6 * columns * columns;
-  return std::max(most, projection_workspace_bytes(weight, round_up(rank, 16) + kSpare, threads));
+  return std::max(RangeFinder<float>::workspace_bytes(weight, kBlock, schedule.max_passes, threads) +
+                      sizeof(double) * 6 * columns * columns,
+                  projection_workspace_bytes(weight, with_spare(rank), threads));
 }
 
 }  // namespace pissa

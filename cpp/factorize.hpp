@@ -13,6 +13,9 @@ namespace pissa {
 // Stop when the estimate says that a full SVD would capture at most this much more of the leading energy.
 constexpr double kTargetDeficit = 2.5e-3;
 
+// Where σ_r is less of σ₁, products in bf16 and sums in float would cost the last directions accuracy.
+constexpr double kPrecise = 2e-2;
+
 // Whether the weight is multiplied in bf16.
 bool uses_bf16(const Kernels& kernels, const Weight& weight);
 

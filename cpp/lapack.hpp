@@ -114,7 +114,7 @@ struct Tridiagonal<double> {
 // to be made orthogonal to each other, by divide and conquer, which finds all.
 template <class T>
 bool solve_tridiagonal(std::size_t n, std::size_t count, T* d, T* e, T* z) {
-  constexpr std::size_t kMany = 128;
+  constexpr std::size_t kMany = 160;
   if (count <= kMany && 2 * count <= n) {
     const std::vector<T> values = largest_by_bisection(n, d, e, count);
     if (vectors_by_inverse_iteration(n, d, e, values, z + (n - count) * n)) {

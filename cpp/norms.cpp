@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "buffer.hpp"
+#include "exact.hpp"
 #include "factors.hpp"
 #include "lapack.hpp"
 #include "packing.hpp"
@@ -22,7 +23,6 @@ namespace {
 
 constexpr std::size_t kPiece = 4096;  // values that a task adds up
 constexpr std::size_t kLanes = 8;
-constexpr std::size_t kColumns = 512;  // of the larger side, in a product
 
 const char* place(const Weight& weight, std::size_t row, std::size_t col) {
   return static_cast<const char*>(weight.data) + (row * weight.cols + col) * size_of(weight.dtype);
@@ -53,30 +53,6 @@ double frobenius_norm(const Kernels& kernels, ThreadPool& pool, const Weight& we
 }
 
 namespace {
-
-// The Gram matrix of the smaller side (lower triangle), in T.
-template <class T>
-Buffer<T> small_gram(const Kernels& kernels, ThreadPool& pool, const Weight& weight) {
-  const bool wide = weight.rows <= weight.cols;
-  const std::size_t small = std::min(weight.rows, weight.cols), large = std::max(weight.rows, weight.cols);
-  const bool as_it_lies = std::is_same<T, float>::value && weight.dtype == DType::f32;
-  Buffer<T> piece(pool.scratch(), as_it_lies ? 0 : small * kColumns), gram(pool.scratch(), small * small);
-  Buffer<float> row(pool.scratch(), as_it_lies ? 0 : std::max(small, kColumns));
-  for (std::size_t at = 0; at < large; at += kColumns) {
-    const std::size_t count = std::min(kColumns, large - at);
-    const std::size_t rows = wide ? small : count, cols = wide ? count : small;
-    const std::size_t first_row = wide ? 0 : at, first_col = wide ? at : 0;
-    for (std::size_t i = 0; !as_it_lies && i < rows; ++i) {
-      kernels.widen(place(weight, first_row + i, first_col), weight.dtype, row.data(), cols);
-      std::copy_n(row.data(), cols, piece.data() + i * cols);
-    }
-    // What is row-major here is transposed to the BLAS.
-    const void* part = as_it_lies ? static_cast<const void*>(place(weight, first_row, first_col)) : piece.data();
-    lapack::rank_update(wide ? 'T' : 'N', small, count, static_cast<const T*>(part), as_it_lies ? weight.cols : cols,
-                        at == 0 ? T{0} : T{1}, gram.data());
-  }
-  return gram;
-}
 
 template <class T>
 TridiagonalMatrix reduced(const Kernels& kernels, ThreadPool& pool, Buffer<T> gram, std::size_t n) {
@@ -115,10 +91,11 @@ class Filling {
     lapack::rank_update('T', n, count, scaled.data(), count, 1.0f, gram.data());
   }
 
-  // What it adds to the sum of the roots, and how far off that can be: were the directions orthogonal and nothing along
-  // them before, it would be exact.
+  // What it adds to the sum of the roots, were the directions orthogonal; and how far off that can be.
   double sum() const { return count_ * root_; }
-  double uncertainty() const { return std::sqrt(count_ * energy_) + dependence_ * root_; }
+  double uncertainty() const { return dependence_ * root_; }
+  // What the sum lacks by the roots that were along them before, at most: as rounding leaves it, next to nothing.
+  double replaced() const { return std::sqrt(count_ * energy_); }
 
  private:
   // The weight's square along all of the columns l (those of its shorter side), Σ ‖Wᵀ·l‖² or Σ ‖W·l‖², estimated from
@@ -175,8 +152,8 @@ double exact_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight
       const double each = norm * norm / static_cast<double>(small - zeros);
       const Filling filling(pool, weight, outside, zeros, each, gram);
       const RootTrace found = root_trace(reduced(kernels, pool, std::move(gram), small), kFloatShift, 0);
-      const double value = found.value - filling.sum(), uncertainty = found.uncertainty + filling.uncertainty();
-      if (uncertainty < kTolerance * value) return value + found.uncertainty / 2;
+      const double value = found.value - filling.sum() + (found.uncertainty + filling.replaced()) / 2;
+      if (found.uncertainty + filling.replaced() / 2 + filling.uncertainty() < kTolerance * value) return value;
     } else {
       const RootTrace found = root_trace(reduced(kernels, pool, std::move(gram), small),
                                          zeros > 0 ? kFloatShiftOverZeros : kFloatShift, zeros);
@@ -304,10 +281,11 @@ std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads,
   const std::size_t small = std::min(weight.rows, weight.cols);
   if (small <= kExactSide) {
     const std::size_t full = lapack::reduced_stride(small);
-    return Scratch::rounded(sizeof(double) * small * kColumns) +
-           std::max(Scratch::rounded(sizeof(double) * small * small),
-                    2 * Scratch::rounded(sizeof(float) * full * full)) +
-           Scratch::rounded(sizeof(float) * small * zeros) + Scratch::rounded(sizeof(float) * zeros * zeros) +
+    const std::size_t filling =
+        Scratch::rounded(sizeof(float) * small * zeros) + Scratch::rounded(sizeof(float) * zeros * zeros);
+    return std::max(small_gram_workspace_bytes(weight),
+                    Scratch::rounded(sizeof(float) * full * full) +
+                        std::max(Scratch::rounded(sizeof(float) * full * full), filling)) +
            sizeof(double) * (small * 128 + 2048);
   }
   return Sweep<float>::workspace_bytes(weight, kProbes, threads) +

@@ -11,6 +11,9 @@
 
 namespace pissa {
 
+// Directions to find in less precision, for the leading `rank` to be among them.
+inline std::size_t with_spare(std::size_t rank) { return (rank + 15) / 16 * 16 + 16; }
+
 // With U an orthonormal basis of the columns of `left` (rows × k, row-major, contiguous, destroyed; k a multiple of
 // 16), Rayleigh–Ritz on Z = Wᵀ·U·2^-exponent, all in float: what the columns were off by costs the square of it in
 // energy, and nothing in how well the triplets fit W. Z being a further half of a power step, it captures more than

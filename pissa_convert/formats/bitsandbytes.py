@@ -13,8 +13,6 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from pissa_convert import _core
 from pissa_convert.errors import WeightError
 from pissa_convert.linalg import FourBit, FourBitSpec
@@ -90,6 +88,8 @@ def unpack(data: memoryview, tensors: Sequence[Tensor], spec: FourBitSpec) -> Fo
     Raises:
         WeightError: what is stored of it is damaged.
     """
+    import numpy as np  # takes as long to load as a small model to quantise
+
     parts, at = {}, 0
     for name, dtype, shape in tensors:
         size = shape[0] * (4 if dtype == "F32" else 1)

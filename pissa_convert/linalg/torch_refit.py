@@ -65,8 +65,8 @@ def correct(
         scaling: of their product.
 
     Returns:
-        A and B, all float32. None where the difference is not finite, or their rows or columns are far from independent;
-        then nothing has changed.
+        A and B, all float32. None where the difference is not finite, or their rows or columns are far from
+        independent; then nothing has changed.
     """
     length = torch.linalg.vector_norm(a, dim=1, keepdim=True)
     largest = float((length[:, 0] * torch.linalg.vector_norm(b, dim=0)).max()) * scaling

@@ -12,7 +12,6 @@ from pissa_convert.linalg.native import NativeBackend
 from pissa_convert.plans.quant_stats import QuantStats
 from pissa_convert.plans.quant_steps import Quantise, Treatment
 from pissa_convert.transforms import alternate
-from pissa_convert.transforms.merge import transposed
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class QuantiseLane:
         form = step.treatment.format
         weight = buffer[step.source]
         if step.treatment.transposed:
+            from pissa_convert.transforms.merge import transposed
+
             weight = memoryview(transposed(weight, form.cols, form.rows))
         base, factors, stats = self.quantise(weight, form, step.treatment.split)
         fill(buffer[step.result], step.stored, base)
