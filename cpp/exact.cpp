@@ -156,8 +156,8 @@ std::size_t small_gram_workspace_bytes(const Weight& weight) {
          Scratch::rounded(sizeof(float) * std::max(small, kPiece));
 }
 
-Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t rank) {
-  if (weight.dtype == DType::f32) {
+Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t rank, bool precise) {
+  if (weight.dtype == DType::f32 && precise) {
     std::optional<Factors> factors = project_on_directions(kernels, pool, weight, rank);
     if (factors) return std::move(*factors);
   } else {

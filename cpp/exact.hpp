@@ -17,9 +17,9 @@ Buffer<T> small_gram(const Kernels& kernels, ThreadPool& pool, const Weight& wei
 std::size_t small_gram_workspace_bytes(const Weight& weight);
 
 // The leading triplets. The Gram matrix is in float where that is precise enough: then a float weight's triplets are
-// those of its projection on the directions that were found, and a few more (projection.hpp).
-// Throws std::domain_error where W is not finite, and std::runtime_error where LAPACK fails.
-Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t rank);
+// those of its projection on the directions that were found, and a few more (projection.hpp), if they are to be
+// precise. Throws std::domain_error where W is not finite, and std::runtime_error where LAPACK fails.
+Factors factor_exactly(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t rank, bool precise);
 std::size_t exact_workspace_bytes(const Weight& weight, std::size_t rank, unsigned threads);
 
 }  // namespace pissa

@@ -69,7 +69,7 @@ Factors combine(const RangeFinder<Element>& finder, const RitzTriplets& ritz, st
   const std::vector<double> length = column_lengths(right, right.size() / stride, stride, rank);
   std::vector<double> sigma(rank, 0.0);
   for (std::size_t i = 0; i < rank; ++i) {
-    if (ritz.sigma[i] > 0) sigma[i] = std::ldexp(ritz.sigma[i], basis.exponent) / length[i];
+    if (ritz.sigma[i] > 0) sigma[i] = std::ldexp(ritz.sigma[i], basis.weight_exponent + basis.exponent) / length[i];
   }
   return in_descending_order(stride, std::move(left), std::move(right), length, sigma);
 }
@@ -79,8 +79,9 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
                          const Schedule& schedule, bool exact, SplitResult& result) {
   const Weight& weight = request.weight;
   const std::size_t rank = request.rank;
-  // Of a weight that was rounded to bf16, the basis gives directions alone, and a few more than are wanted.
-  const bool rounded = kIsBf16<Element> && weight.dtype != DType::bf16;
+  // Of a weight that was rounded to bf16, the basis gives directions alone, and a few more than are wanted, where the
+  // triplets are to be precise.
+  const bool rounded = kIsBf16<Element> && weight.dtype != DType::bf16 && request.precise;
   const std::size_t count = rounded ? with_spare(rank) : rank;
   auto start = Clock::now();
   std::optional<RangeFinder<Element>> finder;
@@ -163,12 +164,12 @@ Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
   const Weight& weight = request.weight;
   const Schedule schedule(weight, request.rank, request.passes);
   if (!schedule.exact) {
-    return uses_bf16(kernels, weight)
-               ? factor_by_krylov<std::uint16_t>(kernels, pool, request, schedule, false, result)
-               : factor_by_krylov<float>(kernels, pool, request, schedule, weight.dtype == DType::f32, result);
+    return uses_bf16(kernels, weight) ? factor_by_krylov<std::uint16_t>(kernels, pool, request, schedule, false, result)
+                                      : factor_by_krylov<float>(kernels, pool, request, schedule,
+                                                                weight.dtype == DType::f32 && request.precise, result);
   }
   const auto start = Clock::now();
-  Factors factors = factor_exactly(kernels, pool, weight, request.rank);
+  Factors factors = factor_exactly(kernels, pool, weight, request.rank, request.precise);
   result.ritz_seconds = seconds_since(start);
   return factors;
 }

@@ -109,11 +109,12 @@ class Splitter {
   pissa::SplitResult split(const py::buffer& weight, std::size_t rows, std::size_t cols, const std::string& dtype,
                            std::size_t rank, double scaling, bool fan_in_fan_out, const py::buffer& a,
                            const py::buffer& b, const std::string& adapter_dtype, std::size_t passes, std::uint64_t key,
-                           bool near) {
+                           bool near, bool precise) {
     pissa::SplitRequest request =
         describe_request(weight, rows, cols, dtype, rank, scaling, fan_in_fan_out, a, b, adapter_dtype);
     request.passes = passes;
     request.key = key;
+    request.precise = precise;
     if (near && (fan_in_fan_out || request.weight.dtype != pissa::DType::f32)) {
       throw std::invalid_argument("a refit is of a float matrix, out × in");
     }
@@ -263,7 +264,8 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("kernel", &Splitter::kernel)
       .def("split", &Splitter::split, py::arg("weight"), py::arg("rows"), py::arg("cols"), py::arg("dtype"),
            py::arg("rank"), py::arg("scaling"), py::arg("fan_in_fan_out"), py::arg("a"), py::arg("b"),
-           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"), py::arg("near") = false)
+           py::arg("adapter_dtype"), py::arg("passes"), py::arg("key"), py::arg("near") = false,
+           py::arg("precise") = true)
       .def("correct", &Splitter::correct, py::arg("difference"), py::arg("rows"), py::arg("cols"), py::arg("rank"),
            py::arg("scaling"), py::arg("a"), py::arg("b"), py::arg("adapter_dtype"))
       .def("norm", &Splitter::norm, py::arg("values"), py::arg("dtype"))

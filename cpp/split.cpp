@@ -141,7 +141,8 @@ SplitResult finish(const Kernels& kernels, ThreadPool& pool, const SplitRequest&
 SplitResult split(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request) {
   SplitResult result;
   Factors factors = factorize(kernels, pool, request, result);
-  return finish(kernels, pool, request, std::move(factors), std::move(result), Precision::of_weight);
+  return finish(kernels, pool, request, std::move(factors), std::move(result),
+                request.precise ? Precision::of_weight : Precision::single);
 }
 
 SplitResult refit(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request) {

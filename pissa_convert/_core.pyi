@@ -47,6 +47,7 @@ class Splitter:
         passes: int,
         key: int,
         near: bool = False,
+        precise: bool = True,
     ) -> SplitResult: ...
     def quantise(
         self,

@@ -112,6 +112,7 @@ class NativeBackend:
                 passes=spec.passes or 0,
                 key=spec.key,
                 near=near,
+                precise=spec.precise,
             )
         except (ValueError, OverflowError) as error:
             raise WeightError(f"the weight {error}", fix="repair the checkpoint, or exclude the module") from error

@@ -15,7 +15,7 @@ LoftQ (arXiv 2310.08659) is the same alternation, plain, from A = B = 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pissa_convert.linalg import Backend, FourBit, FourBitSpec, SplitSpec
 from pissa_convert.linalg.native import NativeBackend
@@ -62,7 +62,7 @@ def alternate(
         WeightError: it holds NaN or infinity, or a factor overflows its dtype.
     """
     goal, first = _copy(weight), _empty(split, form)
-    backend.split(goal, first.a, first.b, split)  # leaves W − s·B·A
+    backend.split(goal, first.a, first.b, replace(split, precise=False))  # leaves W − s·B·A
     return _alternate(weight, goal, first, _RELAXATION, split, iterations, backend, quantiser)
 
 
