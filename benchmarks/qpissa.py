@@ -10,7 +10,8 @@ reduction  1 − ‖W − (Q + B·A)‖_* / ‖W − Q(W)‖_*, nuclear norms, o
            in float32 and without double quantisation as their authors have it.
 time       the official algorithm's on these layers, for the model's number of layers, and what its script does before
            and after (imports, the model loaded in float32 and saved), against the command on the whole model.
-loss       next-token loss on a text before any training, of the weights as bitsandbytes reads them, plus B·A.
+loss       next-token loss on the project's README before any training, of the weights as bitsandbytes reads them, plus
+           B·A.
 
 Every number of ours is of the files that the command has written, read by bitsandbytes.
 """
@@ -36,6 +37,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from checkpoints import load_adapter, load_all
 from convert import Row, run
 from four_bit import bases
+from training import prose
 
 from pissa_convert.linalg import FourBit, FourBitSpec
 from pissa_convert.linalg.native import NativeBackend
@@ -147,9 +149,9 @@ def measure_reduction(name: str, model: Path, every: int, rank: int, folder: Pat
 
 
 def measure_loss(model: Path, rank: int, folder: Path) -> Iterator[Row]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokens = AutoTokenizer.from_pretrained(model)(smollm2.TEXT, return_tensors="pt")["input_ids"]
+    tokens = prose(model)
     live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     weights, originals = dict(live.named_parameters()), load_all(model)
     dest = folder / f"loss-{rank}"

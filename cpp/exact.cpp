@@ -129,7 +129,7 @@ std::optional<Factors> project_on_directions(const Kernels& kernels, ThreadPool&
   const int exponent = std::clamp(std::ilogb(std::sqrt(found->squares[0])), -120, 120);
   Buffer<float> left = row_major(pool, wide ? found->small : found->large, weight.rows, count);
   found.reset();
-  Factors factors = project(kernels, pool, weight, std::move(left), count, rank, exponent, true);
+  Factors factors = project(kernels, pool, weight, std::move(left), count, rank, exponent);
   if (factors.sigma.empty()) return std::nullopt;
   return factors;
 }

@@ -51,20 +51,20 @@ struct Schedule {
 // In a small matrix the rounding of X and Y to bf16 does not average out, and there is little to gain.
 constexpr std::size_t kSmallForBf16 = 96;
 
-// Share of the energy that a basis in bf16 loses by its rounding, at most, where the spectrum has a gap.
-constexpr double kFaithful = 1e-5;
+// Share of the energy that a weight's triplets lose by its rounding to bf16, at most.
+constexpr double kFaithful = 2e-5;
 
 // The triplets that a Krylov basis holds. X is orthonormal up to its rounding only, and so X·v is not quite of length
 // one: W·(X·v) = σ·u holds as it is, and for the direction of X·v, σ is less by that length.
 template <class Element>
-Factors combine(const RangeFinder<Element>& finder, const RitzTriplets& ritz, std::size_t rank) {
+Factors combine(const RangeFinder<Element>& finder, const RitzTriplets& ritz, std::size_t rank, bool precise) {
   const KrylovBasis& basis = finder.basis();
   const std::size_t k = basis.columns();
   std::vector<double> to_left(ritz.vectors);
   for (std::size_t i = 0; i < rank; ++i) {
     for (std::size_t j = 0; j < k; ++j) to_left[i * k + j] *= ritz.sigma[i] > 0 ? 1 / ritz.sigma[i] : 0.0;
   }
-  Buffer<float> left = finder.combine_y(to_left, rank), right = finder.combine_x(ritz.vectors, rank);
+  Buffer<float> left = finder.combine_y(to_left, rank, precise), right = finder.combine_x(ritz.vectors, rank, precise);
   const std::size_t stride = round_up(rank, 16);
   const std::vector<double> length = column_lengths(right, right.size() / stride, stride, rank);
   std::vector<double> sigma(rank, 0.0);
@@ -79,10 +79,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
                          const Schedule& schedule, bool exact, SplitResult& result) {
   const Weight& weight = request.weight;
   const std::size_t rank = request.rank;
-  // Of a weight that was rounded to bf16, the basis gives directions alone, and a few more than are wanted, where the
-  // triplets are to be precise.
-  const bool rounded = kIsBf16<Element> && weight.dtype != DType::bf16 && request.precise;
-  const std::size_t count = rounded ? with_spare(rank) : rank;
+  const bool rounded = kIsBf16<Element> && weight.dtype != DType::bf16;
   auto start = Clock::now();
   std::optional<RangeFinder<Element>> finder;
   finder.emplace(kernels, pool, weight, kBlock, schedule.max_passes, request.key);
@@ -113,7 +110,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     finder->advance_to(next, last);
     result.sweep_seconds += seconds_since(start);
     start = Clock::now();
-    ritz = rayleigh_ritz(kernels, pool, finder->gram(exact), basis.columns(), rank, count, kBlock, exact);
+    ritz = rayleigh_ritz(kernels, pool, finder->gram(exact), basis.columns(), rank, kBlock, exact);
     if (basis.exhausted) ritz.estimated_deficit = 0;
     result.ritz_seconds += seconds_since(start);
     // A few directions far above all others, or a W of low rank: the others drown in the rounding of what is computed
@@ -121,7 +118,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     // beyond the basis is of the size of that rounding, and further blocks would be copies of the first.
     const bool drowns = ritz.sigma[rank - 1] < kPrecise * ritz.sigma[0] || (kIsBf16<Element> && basis.householder);
     if (!exact && drowns) return start_over();
-    // Where next to nothing is missing, it would be what a basis in bf16 is off by.
+    // Where next to nothing is missing, it would be what the rounding loses.
     if (rounded && ritz.estimated_deficit < kFaithful) return start_over();
     if (ritz.estimated_deficit <= kTargetDeficit || basis.exhausted || basis.passes == schedule.max_passes) break;
     // A check costs as much as a pass or two: the next is where the estimate will have come down, but not far ahead, as
@@ -135,23 +132,14 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   result.passes = basis.passes;
   result.householder = basis.householder;
   result.estimated_deficit = ritz.estimated_deficit;
-  if (!rounded) {
-    Factors factors = combine(*finder, ritz, rank);
-    result.ritz_seconds += seconds_since(start);
-    return factors;
-  }
-  const int exponent = basis.weight_exponent + basis.exponent;
-  Buffer<float> left = finder->combine_y(ritz.vectors, count);
+  // Triplets of a weight that was rounded to bf16 hold the more of it than these digits can tell: what they miss by
+  // that is next to nothing, but what they are made of has the weight's own digits.
+  const bool precise = rounded && request.precise;
+  Factors factors = combine(*finder, ritz, rank, precise);
   finder.reset();
+  if (precise) factors = in_singular_form(kernels, pool, std::move(factors));
   result.ritz_seconds += seconds_since(start);
-  start = Clock::now();
-  Factors factors = project(kernels, pool, weight, std::move(left), count, rank, exponent, weight.dtype == DType::f32);
-  result.sweep_seconds += seconds_since(start);
-  // Where the weight's own directions are other than those of its rounding, it shows in how much they hold.
-  double expected = 0, held = 0;
-  for (const double sigma : ritz.sigma) expected += std::pow(std::ldexp(sigma, exponent), 2);
-  for (const double sigma : factors.sigma) held += sigma * sigma;
-  return held < (1 - kTargetDeficit) * expected ? start_over() : std::move(factors);
+  return factors;
 }
 
 }  // namespace

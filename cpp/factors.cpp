@@ -5,6 +5,8 @@
 #include <numeric>
 #include <utility>
 
+#include "lapack.hpp"
+#include "orthonormalize.hpp"
 #include "tall.hpp"
 
 namespace pissa {
@@ -73,6 +75,54 @@ Factors in_descending_order(std::size_t stride, Buffer<float> left, Buffer<float
     factors.length.push_back(length[column]);
   }
   return factors;
+}
+
+// With L·D·Rᵀ the product, and C the Cholesky factor of RᵀR: R·C⁻¹ is orthonormal, and the singular values of L·D·Cᵀ,
+// from its Gram matrix, are the product's.
+Factors in_singular_form(const Kernels& kernels, ThreadPool& pool, Factors factors) {
+  const std::size_t rank = factors.sigma.size(), stride = factors.stride;
+  const std::size_t rows = factors.left.size() / stride, cols = factors.right.size() / stride;
+  const auto gram_of = [&](const Buffer<float>& a, std::size_t n) {
+    std::vector<double> all(stride * stride), gram(rank * rank);
+    exact_cross_product(pool, n, a.data(), stride, a.data(), stride, stride, all.data());
+    for (std::size_t j = 0; j < rank; ++j) {
+      for (std::size_t i = 0; i < rank; ++i) gram[j * rank + i] = all[factors.order[j] * stride + factors.order[i]];
+    }
+    return gram;
+  };
+  const std::vector<double> left_gram = gram_of(factors.left, rows);
+  std::vector<double> right_gram = gram_of(factors.right, cols), c(rank * rank), inverse(rank * rank);
+  if (!cholesky(rank, right_gram, c, inverse)) return factors;
+  std::vector<double> inner(rank * rank), half(rank * rank), gram(rank * rank), values(rank), v(rank * rank);
+  for (std::size_t j = 0; j < rank; ++j) {  // D·Cᵀ
+    for (std::size_t i = 0; i < rank; ++i) inner[j * rank + i] = factors.sigma[i] / factors.length[i] * c[i * rank + j];
+  }
+  const double scale = 1 / factors.sigma[0];
+  lapack::gemm('N', 'N', rank, rank, rank, scale, left_gram.data(), rank, inner.data(), rank, 0.0, half.data(), rank);
+  lapack::gemm('T', 'N', rank, rank, rank, scale, inner.data(), rank, half.data(), rank, 0.0, gram.data(), rank);
+  if (!lapack::largest_eigenpairs(kernels, pool.scratch(), rank, gram.data(), rank, values.data(), v.data()) ||
+      !(values.back() > 0)) {
+    return factors;
+  }
+  std::vector<double> to_left(stride * rank), to_right(stride * rank), left(rank * rank), right(rank * rank);
+  lapack::gemm('N', 'N', rank, rank, rank, 1.0, inner.data(), rank, v.data(), rank, 0.0, left.data(), rank);
+  lapack::gemm('N', 'N', rank, rank, rank, 1.0, inverse.data(), rank, v.data(), rank, 0.0, right.data(), rank);
+  Factors result;
+  result.stride = stride;
+  result.order.resize(rank);
+  std::iota(result.order.begin(), result.order.end(), 0);
+  for (std::size_t j = 0; j < rank; ++j) {
+    const double sigma = std::sqrt(values[j]) / scale;
+    result.sigma.push_back(sigma);
+    for (std::size_t i = 0; i < rank; ++i) {
+      to_left[j * stride + factors.order[i]] = left[j * rank + i] / sigma;
+      to_right[j * stride + factors.order[i]] = right[j * rank + i];
+    }
+  }
+  result.length.assign(rank, 1.0);
+  result.left = multiply(kernels, pool, rows, factors.left.data(), stride, stride, to_left.data(), rank);
+  result.right = multiply(kernels, pool, cols, factors.right.data(), stride, stride, to_right.data(), rank);
+  return result;
 }
 
 }  // namespace pissa

@@ -33,6 +33,9 @@ Buffer<float> columns_of_b(const Kernels& kernels, ThreadPool& pool, const Split
 // Each of the first columns of `a` (n rows, row-major with `stride`) times its factor.
 void scale_columns(Buffer<float>& a, std::size_t n, std::size_t stride, const std::vector<double>& factors);
 
+// The same product, Σ σᵢ·uᵢ·vᵢᵀ, where the u and v are orthonormal but for rounding, with ones that are so to float.
+Factors in_singular_form(const Kernels& kernels, ThreadPool& pool, Factors factors);
+
 // Factors whose triplets have these `sigma` and lengths to the right, in the order of the columns.
 Factors in_descending_order(std::size_t stride, Buffer<float> left, Buffer<float> right,
                             const std::vector<double>& length, const std::vector<double>& sigma);

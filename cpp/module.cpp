@@ -229,7 +229,7 @@ pissa::RitzTriplets rayleigh_ritz(const py::buffer& gram, std::size_t size, std:
   auto* out = static_cast<double*>(writable_bytes(vectors, rank * size * sizeof(double), "vectors"));
   const py::gil_scoped_release release;
   pissa::RitzTriplets result =
-      pissa::rayleigh_ritz(pissa::select_kernels(), pool, std::move(matrix), size, rank, rank, block, exact);
+      pissa::rayleigh_ritz(pissa::select_kernels(), pool, std::move(matrix), size, rank, block, exact);
   std::copy(result.vectors.begin(), result.vectors.end(), out);
   return result;
 }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -18,40 +17,26 @@ namespace {
 // Columns that are multiplied at a time: their sums stay in a core's second-level cache.
 constexpr std::size_t kSlice = 80;
 
-// Exponents.
-constexpr int kNearOne = 40, kFarthest = 100;
-
 }  // namespace
 
 Factors project(const Kernels& kernels, ThreadPool& pool, const Weight& weight, Buffer<float> left, std::size_t k,
-                std::size_t rank, int exponent, bool exact) {
+                std::size_t rank, int exponent) {
   Buffer<float> u(pool.scratch(), weight.rows * k + kReadBeyond);
   if (extend_basis(kernels, pool, weight.rows, u.data(), k, 0, 0, left.data(), k).exhausted) return {};
   left = Buffer<float>();
   Buffer<float> z(pool.scratch(), weight.cols * k + kReadBeyond);
-  // Far from one, part of the scale has to be taken before the products, which would leave float's range.
-  const int before = std::abs(exponent) <= kNearOne ? 0 : std::clamp(exponent, -kFarthest, kFarthest);
-  if (before != 0) {
-    for (float& value : u) value = std::ldexp(value, -before);
-  }
   {
     Sweep<float> sweep(kernels, pool, weight, 0);
     const std::size_t slices = (k + kSlice - 1) / kSlice;
     for (std::size_t i = 0; i < slices; ++i) {
       const std::size_t at = k / 16 * i / slices * 16, end = k / 16 * (i + 1) / slices * 16;
-      sweep.transposed_product(u.data() + at, k, end - at, std::ldexp(1.0f, before - exponent), z.data() + at, k);
+      sweep.transposed_product(u.data() + at, k, end - at, std::ldexp(1.0f, -exponent), z.data() + at, k);
     }
   }
   Buffer<double> gram(pool.scratch(), k * k);
-  if (exact) {
-    exact_cross_product(pool, weight.cols, z.data(), k, z.data(), k, k, gram.data());
-  } else {
-    cross_product(kernels, pool, weight.cols, z.data(), k, z.data(), k, k, gram.data());
-  }
-  const RitzTriplets ritz = rayleigh_ritz(kernels, pool, std::move(gram), k, rank, rank, k, exact);
-  std::vector<double> unscaled(ritz.vectors);
-  for (double& value : unscaled) value = std::ldexp(value, before);
-  Buffer<float> to_left = multiply(kernels, pool, weight.rows, u.data(), k, k, unscaled.data(), rank);
+  exact_cross_product(pool, weight.cols, z.data(), k, z.data(), k, k, gram.data());
+  const RitzTriplets ritz = rayleigh_ritz(kernels, pool, std::move(gram), k, rank, k, true);
+  Buffer<float> to_left = multiply(kernels, pool, weight.rows, u.data(), k, k, ritz.vectors.data(), rank);
   Buffer<float> to_right = multiply(kernels, pool, weight.cols, z.data(), k, k, ritz.vectors.data(), rank);
   const std::size_t stride = round_up(rank, 16);
   const std::vector<double> length = column_lengths(to_right, weight.cols, stride, rank);

@@ -146,13 +146,22 @@ Buffer<double> RangeFinder<Element>::gram(bool exact) {
 }
 
 template <class Element>
-Buffer<float> RangeFinder<Element>::combine_y(const std::vector<double>& c, std::size_t rank) const {
-  return multiply(kernels_, pool_, weight_.rows, y_.data(), stride_, basis_.columns(), c.data(), rank);
+Buffer<float> RangeFinder<Element>::combine(const Buffer<Element>& basis, std::size_t n, const std::vector<double>& c,
+                                            std::size_t rank, bool precise) const {
+  if constexpr (kIsBf16<Element>) {
+    if (precise) return multiply_widened(kernels_, pool_, n, basis.data(), stride_, basis_.columns(), c.data(), rank);
+  }
+  return multiply(kernels_, pool_, n, basis.data(), stride_, basis_.columns(), c.data(), rank);
 }
 
 template <class Element>
-Buffer<float> RangeFinder<Element>::combine_x(const std::vector<double>& c, std::size_t rank) const {
-  return multiply(kernels_, pool_, weight_.cols, x_.data(), stride_, basis_.columns(), c.data(), rank);
+Buffer<float> RangeFinder<Element>::combine_y(const std::vector<double>& c, std::size_t rank, bool precise) const {
+  return combine(y_, weight_.rows, c, rank, precise);
+}
+
+template <class Element>
+Buffer<float> RangeFinder<Element>::combine_x(const std::vector<double>& c, std::size_t rank, bool precise) const {
+  return combine(x_, weight_.cols, c, rank, precise);
 }
 
 template <class Element>

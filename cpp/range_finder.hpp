@@ -51,15 +51,18 @@ class RangeFinder {
 
   // YᵀY (k × k, upper triangle valid by blocks), summed in double throughout with `exact`.
   Buffer<double> gram(bool exact);
-  // Y·c and X·c, row-major with stride rank rounded up to 16; c is k × rank, column-major.
-  Buffer<float> combine_y(const std::vector<double>& c, std::size_t rank) const;
-  Buffer<float> combine_x(const std::vector<double>& c, std::size_t rank) const;
+  // Y·c and X·c, row-major with stride rank rounded up to 16; c is k × rank, column-major, and rounded to Element
+  // unless the product is to be `precise`.
+  Buffer<float> combine_y(const std::vector<double>& c, std::size_t rank, bool precise) const;
+  Buffer<float> combine_x(const std::vector<double>& c, std::size_t rank, bool precise) const;
 
   static std::size_t workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes, unsigned threads);
 
  private:
   double sketch(float magnitude, std::uint64_t key);
   bool extend();
+  Buffer<float> combine(const Buffer<Element>& basis, std::size_t n, const std::vector<double>& c, std::size_t rank,
+                        bool precise) const;
   std::size_t max_columns() const { return max_passes_ * basis_.block; }
 
   const Kernels& kernels_;

@@ -80,9 +80,9 @@ RitzTriplets triplets_of(const Buffer<T>& m, std::size_t k, std::size_t rank, st
 
 template <class T>
 RitzTriplets solve(const Kernels& kernels, ThreadPool& pool, const Buffer<T>& m, std::size_t k, std::size_t rank,
-                   std::size_t count, std::size_t block) {
-  const std::size_t found = std::min(count, k);
-  std::vector<double> values(count, 0.0);
+                   std::size_t block) {
+  const std::size_t found = std::min(rank, k);
+  std::vector<double> values(rank, 0.0);
   Buffer<T> vectors(pool.scratch(), k * found);
   if (!lapack::largest_eigenpairs(kernels, pool.scratch(), k, m.data(), found, values.data(), vectors.data())) {
     throw std::runtime_error("LAPACK stedc did not converge");
@@ -98,11 +98,11 @@ RitzTriplets ritz_triplets(const Buffer<double>& gram, std::size_t k, std::size_
 }
 
 RitzTriplets rayleigh_ritz(const Kernels& kernels, ThreadPool& pool, Buffer<double> gram, std::size_t k,
-                           std::size_t rank, std::size_t count, std::size_t block, bool exact) {
-  if (exact) return solve(kernels, pool, gram, k, rank, count, block);
+                           std::size_t rank, std::size_t block, bool exact) {
+  if (exact) return solve(kernels, pool, gram, k, rank, block);
   Buffer<float> narrow(pool.scratch(), k * k);
   std::transform(gram.begin(), gram.end(), narrow.begin(), [](double value) { return static_cast<float>(value); });
-  return solve(kernels, pool, narrow, k, rank, count, block);
+  return solve(kernels, pool, narrow, k, rank, block);
 }
 
 }  // namespace pissa

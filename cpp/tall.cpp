@@ -121,6 +121,23 @@ Buffer<float> multiply(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
   return c;
 }
 
+Buffer<float> multiply_widened(const Kernels& kernels, ThreadPool& pool, std::size_t n, const std::uint16_t* a,
+                               std::size_t a_stride, std::size_t p, const double* b, std::size_t q) {
+  const RightFactor<float> factor(kernels, pool, p, b, q);
+  const std::size_t width = factor.width();
+  Buffer<float> c(pool.scratch(), n * width);
+  pool.run((n + kRowsPerProduct - 1) / kRowsPerProduct, [&](std::size_t task) {
+    const std::size_t begin = task * kRowsPerProduct, rows = std::min(kRowsPerProduct, n - begin);
+    Buffer<float> wide(pool.scratch(), rows * p);
+    for (std::size_t i = 0; i < rows; ++i) {
+      kernels.widen(a + (begin + i) * a_stride, DType::bf16, wide.data() + i * p, p);
+    }
+    std::fill_n(c.data() + begin * width, rows * width, 0.0f);
+    factor.add_product(wide.data(), p, rows, c.data() + begin * width, width);
+  });
+  return c;
+}
+
 template void cross_product(const Kernels&, ThreadPool&, std::size_t, const float*, std::size_t, const float*,
                             std::size_t, std::size_t, double*);
 template void cross_product(const Kernels&, ThreadPool&, std::size_t, const std::uint16_t*, std::size_t,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "buffer.hpp"
 #include "kernels/kernels.hpp"
@@ -47,5 +48,9 @@ constexpr std::size_t kRowsPerProduct = 64;
 template <class Element>
 Buffer<float> multiply(const Kernels& kernels, ThreadPool& pool, std::size_t n, const Element* a, std::size_t a_stride,
                        std::size_t p, const double* b, std::size_t q);
+
+// The same for a in bf16 and b not rounded: in float.
+Buffer<float> multiply_widened(const Kernels& kernels, ThreadPool& pool, std::size_t n, const std::uint16_t* a,
+                               std::size_t a_stride, std::size_t p, const double* b, std::size_t q);
 
 }  // namespace pissa

@@ -179,8 +179,7 @@ def test_it_takes_fewer_products_than_a_split() -> None:
         found[is_near] = result.passes * width, missed(matrix, spec.scaling * b.double() @ a.double(), 64)
     (columns, deficit), (columns_near, deficit_near) = found[False], found[True]
     assert columns_near < columns
-    assert deficit < 1e-5  # what a basis in bfloat16 may lose: kFaithful in factorize.cpp
-    assert deficit_near < 1e-6
+    assert max(deficit, deficit_near) < 1e-6
 
 
 def test_the_factors_are_those_of_a_split(backend: Backend) -> None:

@@ -24,6 +24,12 @@ def tokens_of(folder: Path, length: int = 48) -> torch.Tensor:
     return AutoTokenizer.from_pretrained(folder)(smollm2.TEXT, return_tensors="pt")["input_ids"][:, :length]
 
 
+def prose(folder: Path, length: int = 1500) -> torch.Tensor:
+    """The first tokens of this project's README: on a short text it is chance which of two good models does better."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    return AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][:, :length]
+
+
 def fit(model: torch.nn.Module, tokens: torch.Tensor, steps: int = 3, rate: float = 1e-3) -> None:
     """Train what is trainable."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
