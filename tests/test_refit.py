@@ -193,6 +193,23 @@ def test_the_factors_are_those_of_a_split(backend: Backend) -> None:
     assert (a.gather(1, a.abs().argmax(1, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "rank"), [((300, 500), 16), ((192, 576), 64), ((384, 384), 128)])
+def test_a_split_that_need_not_be_precise_loses_next_to_nothing(shape: tuple[int, int], rank: int, dtype: str) -> None:
+    """What the alternation begins with: of all the energy some millionths, and of W no more than float32 sums do."""
+    spec, backend = replace(spec_of(shape, rank), dtype=dtype), NativeBackend(2)
+    weight, found = llm_like(*shape).to(DTYPES[dtype]), []
+    for precise in (True, False):
+        a, b = empty_factors(spec)
+        left = weight.clone()
+        backend.split(raw(left), raw(a), raw(b), replace(spec, precise=precise))
+        product = spec.scaling * b.double() @ a.double()
+        found.append(missed(weight, product, rank))
+        rounding = {"F32": 1e-6, "F16": 1e-3, "BF16": 8e-3}[dtype]
+        assert (weight.double() - product - left.double()).norm() < rounding * weight.double().norm()
+    assert abs(found[0] - found[1]) < 2e-5
+
+
 @pytest.mark.parametrize("start", ["nothing", "another matrix'"])
 def test_where_the_start_is_no_good_the_search_is_that_of_a_split(backend: Backend, start: str) -> None:
     matrix, spec = llm_like(300, 500), spec_of((300, 500), 16)
