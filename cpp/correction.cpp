@@ -43,7 +43,7 @@ class Corrector {
     if (!x_inverse) return false;
     Buffer<Element> product(pool_.scratch(), rows_ * width_ + kReadBeyond);
     sweep_.product(old_x.data(), width_, width_, scale_, product.data(), width_);
-    const Buffer<float> y_step = times(product, rows_, *x_inverse);
+    Buffer<float> y_step = times(product, rows_, *x_inverse);
     product = Buffer<Element>();
     add(y, y_step, 1);
     const Buffer<Element> new_y = rounded(y, rows_);
@@ -52,9 +52,12 @@ class Corrector {
     Buffer<float> back(pool_.scratch(), cols_ * width_ + kReadBeyond);
     sweep_.transposed_product(new_y.data(), width_, width_, scale_, back.data(), width_);
     add(back, times(old_x, cols_, gram(rounded(y_step, rows_), new_y, rows_)), -1);
-    const Buffer<float> x_step = times(rounded(back, cols_), cols_, *y_inverse);
+    Buffer<float> x_step = times(rounded(back, cols_), cols_, *y_inverse);
+    back = Buffer<float>();
     const Buffer<float> left = beside(y_step, y), right = above(x, x_step);
     add(x, x_step, 1);
+    x_step = Buffer<float>();
+    y_step = Buffer<float>();
     if (!store(x, y)) return false;
     // (y + Δy)·(x + Δx)ᵀ − y·xᵀ is Δy·xᵀ + (y + Δy)·Δxᵀ.
     subtract_product(kernels_, pool_, request_.weight, left.data(), right.data(), 2 * width_, 1.0, 1.0f,

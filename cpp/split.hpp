@@ -22,8 +22,8 @@ struct SplitRequest {
   void* b;             // out × rank, row-major
   std::size_t passes;  // 0: as many as the estimate asks for
   std::uint64_t key;   // of the random start
-  // A weight of more digits than bf16's keeps them: else its products may be rounded, which costs some 1e-6 of its
-  // energy, and what is left of it is summed in float.
+  // The triplets of a float weight, or an f16 one, are orthonormal to float's digits, and what is left of a float one
+  // is summed in double. Else they may be so to bf16's, and that is summed in float.
   bool precise = true;
 };
 

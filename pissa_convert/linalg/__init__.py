@@ -29,8 +29,8 @@ class SplitSpec:
         passes: over the weight, or None for as many as the error estimate asks for.
         key: 64 bits that decide the random start; see `tensor_key`.
         name: of the tensor, for messages.
-        precise: to the digits of the weight's dtype. Else a backend may take it for bfloat16, which costs some 1e-6 of
-            its energy, and sum its residual in float32.
+        precise: A and B have the singular vectors of a float32 or float16 weight to float32's digits, and the residual
+            of a float32 one is summed in float64. Else a backend may give them bfloat16's, and sum in float32.
     """
 
     rows: int
