@@ -123,7 +123,7 @@ class TorchBackend:
         dtype = _DTYPES[spec.adapter_dtype]
         values = self._on_device(difference, (spec.rows, spec.cols), torch.float32)
         start_a, start_b = self._on_device(a, spec.a_shape, dtype), self._on_device(b, spec.b_shape, dtype)
-        found = correct(values, start_a.float(), start_b.float(), spec.scaling)
+        found = correct(Matrix(values, chunk=chunk), start_a.float(), start_b.float(), spec.scaling)
         if found is None:
             return False
         made = [part.to(dtype).contiguous() for part in found]

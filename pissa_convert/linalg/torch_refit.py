@@ -55,12 +55,12 @@ _INDEPENDENT = 0.25
 
 
 def correct(
-    difference: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
+    difference: Matrix, a: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """One step of alternating least squares, where `difference` (out × in) is what A and B leave of a matrix.
 
     Args:
-        difference: becomes what they leave then.
+        difference: its values, float32, become what they leave then.
         a, b: rank × in and out × rank.
         scaling: of their product.
 
@@ -75,7 +75,7 @@ def correct(
     exponent = max(-120, min(math.frexp(largest)[1], 120))
     x = a / torch.where(length > 0, length, 1.0)
     y = b.T * length * math.ldexp(scaling, -exponent)
-    matrix = Matrix(difference).at(exponent)
+    matrix = difference.at(exponent)
     x_inverse = _inverse(_gram(x))
     if x_inverse is None:
         return None
@@ -85,7 +85,7 @@ def correct(
     if y_inverse is None:
         return None
     x_step = _combined(y_inverse, matrix.transposed_product(y) - (y @ y_step.T) @ x)
-    difference.addmm_(torch.cat((y_step, y)).T, torch.cat((x, x_step)), alpha=-math.ldexp(1.0, exponent))
+    matrix.values.addmm_(torch.cat((y_step, y)).T, torch.cat((x, x_step)), alpha=-math.ldexp(1.0, exponent))
     x = x + x_step
     x_length, y_length = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (x, y))
     shared = (x_length * y_length * math.ldexp(1.0, exponent) / scaling).sqrt()
