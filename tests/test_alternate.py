@@ -72,6 +72,14 @@ def test_it_ends_below_loftq() -> None:
     assert run(5).error < loftq(RAW, SPLIT, FORM, 5, NativeBackend(1), NativeBackend(1)).error
 
 
+@pytest.mark.parametrize("gain", [0.3, 0.1, 0.05, 0.03, 0.02, 0.01])
+def test_wherever_it_stops_it_ends_on_a_refit(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
+    """Also where a turn long before had to be refitted, as LoftQ's first is."""
+    monkeypatch.setattr("pissa_convert.transforms.alternate._GAIN", gain)
+    assert_best(loftq(RAW, SPLIT, FORM, 20, NativeBackend(1), NativeBackend(1)))
+    assert_best(run(20))
+
+
 @pytest.mark.parametrize("compare_loftq", [False, True])
 @pytest.mark.parametrize("split", [None, SPLIT], ids=["plain", "adapted"])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])

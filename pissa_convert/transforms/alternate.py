@@ -86,13 +86,10 @@ def _alternate(
     """From the base for `goal`, which is W less the s·B·A of `first`: of a split, or zeros."""
     best, spare = first, _empty(split, first.base.spec)
     difference = memoryview(bytearray(4 * split.rows * split.cols))
-    refitted = None
 
     def refit(found: Adapted) -> None:
-        nonlocal refitted
         quantiser.subtract(weight, found.base.spec.dtype, found.base, difference)
         backend.refit(difference, found.a, found.b, split)
-        refitted = found
 
     rest, rest_dtype = goal, first.base.spec.dtype  # W − s·B·A
     for turn in range(1, iterations + 1):
@@ -114,7 +111,7 @@ def _alternate(
             best, spare = spare, best
         if not gained:
             break
-    if refitted is not best or best.iterations < turn:
+    if corrected or best.iterations < turn:  # `difference` is another's, or not exact
         refit(best)
         best.error = quantiser.norm(difference, "F32")
     best.difference = difference
