@@ -67,8 +67,8 @@ class Corrector {
 
  private:
   bool normalize(Buffer<float>& x, Buffer<float>& y) {
-    std::vector<double> x_scale = column_lengths(x, cols_, width_, rank_),
-                        y_scale = column_lengths(y, rows_, width_, rank_);
+    std::vector<double> x_scale = column_lengths(pool_, x, cols_, width_, rank_),
+                        y_scale = column_lengths(pool_, y, rows_, width_, rank_);
     double largest = 0;
     for (std::size_t c = 0; c < rank_; ++c) largest = std::max(largest, request_.scaling * x_scale[c] * y_scale[c]);
     if (!(largest > 0) || !std::isfinite(largest)) return false;
@@ -82,8 +82,8 @@ class Corrector {
       y_scale[c] = std::ldexp(x_scale[c] * request_.scaling, -exponent_);
       x_scale[c] = x_scale[c] > 0 ? 1 / x_scale[c] : 0;
     }
-    scale_columns(x, cols_, width_, x_scale);
-    scale_columns(y, rows_, width_, y_scale);
+    scale_columns(pool_, x, cols_, width_, x_scale);
+    scale_columns(pool_, y, rows_, width_, y_scale);
     return true;
   }
 
@@ -169,15 +169,15 @@ class Corrector {
 
   // A and B with B's column as long as A's row. False where they overflow their dtype.
   bool store(Buffer<float>& x, Buffer<float>& y) {
-    std::vector<double> x_scale = column_lengths(x, cols_, width_, rank_),
-                        y_scale = column_lengths(y, rows_, width_, rank_);
+    std::vector<double> x_scale = column_lengths(pool_, x, cols_, width_, rank_),
+                        y_scale = column_lengths(pool_, y, rows_, width_, rank_);
     for (std::size_t c = 0; c < rank_; ++c) {
       const double ratio = x_scale[c] > 0 ? y_scale[c] / x_scale[c] : 1;
       x_scale[c] = std::sqrt(std::ldexp(ratio, exponent_) / request_.scaling);
       y_scale[c] = std::ldexp(1 / request_.scaling, exponent_) / x_scale[c];
     }
-    scale_columns(x, cols_, width_, x_scale);
-    scale_columns(y, rows_, width_, y_scale);
+    scale_columns(pool_, x, cols_, width_, x_scale);
+    scale_columns(pool_, y, rows_, width_, y_scale);
     Buffer<float> a(pool_.scratch(), rank_ * cols_), b(pool_.scratch(), rows_ * rank_);
     turn(x, rank_, a.data());
     for (std::size_t i = 0; i < rows_; ++i) std::copy_n(y.data() + i * width_, rank_, b.data() + i * rank_);

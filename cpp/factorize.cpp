@@ -57,7 +57,7 @@ constexpr double kFaithful = 2e-5;
 // The triplets that a Krylov basis holds. X is orthonormal up to its rounding only, and so X·v is not quite of length
 // one: W·(X·v) = σ·u holds as it is, and for the direction of X·v, σ is less by that length.
 template <class Element>
-Factors combine(const RangeFinder<Element>& finder, const RitzTriplets& ritz, std::size_t rank, bool precise) {
+Factors combine(ThreadPool& pool, const RangeFinder<Element>& finder, const RitzTriplets& ritz, std::size_t rank, bool precise) {
   const KrylovBasis& basis = finder.basis();
   const std::size_t k = basis.columns();
   std::vector<double> to_left(ritz.vectors);
@@ -66,7 +66,7 @@ Factors combine(const RangeFinder<Element>& finder, const RitzTriplets& ritz, st
   }
   Buffer<float> left = finder.combine_y(to_left, rank, precise), right = finder.combine_x(ritz.vectors, rank, precise);
   const std::size_t stride = round_up(rank, 16);
-  const std::vector<double> length = column_lengths(right, right.size() / stride, stride, rank);
+  const std::vector<double> length = column_lengths(pool, right, right.size() / stride, stride, rank);
   std::vector<double> sigma(rank, 0.0);
   for (std::size_t i = 0; i < rank; ++i) {
     if (ritz.sigma[i] > 0) sigma[i] = std::ldexp(ritz.sigma[i], basis.weight_exponent + basis.exponent) / length[i];
@@ -135,7 +135,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   // Triplets of a weight that was rounded to bf16 hold the more of it than these digits can tell: what they miss by
   // that is next to nothing, but what they are made of has the weight's own digits.
   const bool precise = rounded && request.precise;
-  Factors factors = combine(*finder, ritz, rank, precise);
+  Factors factors = combine(pool, *finder, ritz, rank, precise);
   finder.reset();
   if (precise) factors = in_singular_form(kernels, pool, std::move(factors));
   result.ritz_seconds += seconds_since(start);

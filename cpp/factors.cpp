@@ -12,26 +12,54 @@
 namespace pissa {
 namespace {
 
-constexpr std::size_t kGroup = 16;  // rows that are turned at a time
+constexpr std::size_t kGroup = 16;     // rows that are turned at a time
+constexpr std::size_t kPiece = 1024;  // rows that one task looks at
 
 }  // namespace
 
-std::vector<double> column_lengths(const Buffer<float>& a, std::size_t n, std::size_t stride, std::size_t columns) {
-  std::vector<double> length(columns, 0.0);
-  for (std::size_t j = 0; j < n; ++j) {
-    const float* row = a.data() + j * stride;
-    for (std::size_t i = 0; i < columns; ++i) length[i] += static_cast<double>(row[i]) * static_cast<double>(row[i]);
+std::vector<double> column_lengths(ThreadPool& pool, const Buffer<float>& a, std::size_t n, std::size_t stride,
+                                   std::size_t columns) {
+  const std::size_t pieces = (n + kPiece - 1) / kPiece;
+  std::vector<double> parts(pieces * columns, 0.0), length(columns, 0.0);
+  pool.run(pieces, [&](std::size_t piece) {
+    double* part = parts.data() + piece * columns;
+    for (std::size_t j = piece * kPiece; j < std::min(n, (piece + 1) * kPiece); ++j) {
+      const float* row = a.data() + j * stride;
+      for (std::size_t i = 0; i < columns; ++i) part[i] += static_cast<double>(row[i]) * static_cast<double>(row[i]);
+    }
+  });
+  for (std::size_t piece = 0; piece < pieces; ++piece) {
+    for (std::size_t i = 0; i < columns; ++i) length[i] += parts[piece * columns + i];
   }
   for (double& value : length) value = std::sqrt(value);
   return length;
 }
 
-void scale_columns(Buffer<float>& a, std::size_t n, std::size_t stride, const std::vector<double>& factors) {
+std::vector<float> largest_of_columns(ThreadPool& pool, const Buffer<float>& a, std::size_t n, std::size_t stride,
+                                      std::size_t columns) {
+  const std::size_t pieces = (n + kPiece - 1) / kPiece;
+  std::vector<float> parts(pieces * columns, 0.0f), largest(columns, 0.0f);
+  const auto take = [columns](const float* row, float* best) {
+    for (std::size_t i = 0; i < columns; ++i) best[i] = std::fabs(row[i]) > std::fabs(best[i]) ? row[i] : best[i];
+  };
+  pool.run(pieces, [&](std::size_t piece) {
+    for (std::size_t j = piece * kPiece; j < std::min(n, (piece + 1) * kPiece); ++j) {
+      take(a.data() + j * stride, parts.data() + piece * columns);
+    }
+  });
+  for (std::size_t piece = 0; piece < pieces; ++piece) take(parts.data() + piece * columns, largest.data());
+  return largest;
+}
+
+void scale_columns(ThreadPool& pool, Buffer<float>& a, std::size_t n, std::size_t stride,
+                   const std::vector<double>& factors) {
   const std::vector<float> narrow(factors.begin(), factors.end());
-  for (std::size_t j = 0; j < n; ++j) {
-    float* row = a.data() + j * stride;
-    for (std::size_t i = 0; i < narrow.size(); ++i) row[i] *= narrow[i];
-  }
+  pool.run((n + kPiece - 1) / kPiece, [&](std::size_t piece) {
+    for (std::size_t j = piece * kPiece; j < std::min(n, (piece + 1) * kPiece); ++j) {
+      float* row = a.data() + j * stride;
+      for (std::size_t i = 0; i < narrow.size(); ++i) row[i] *= narrow[i];
+    }
+  });
 }
 
 Buffer<float> columns_of_a(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, std::size_t width) {

@@ -22,8 +22,12 @@ struct Factors {
   std::vector<std::size_t> order;
 };
 
-// Lengths of the first `columns` columns of `a` (n rows, row-major with `stride`).
-std::vector<double> column_lengths(const Buffer<float>& a, std::size_t n, std::size_t stride, std::size_t columns);
+// Of each of the first columns of `a` (n rows, row-major with `stride`): its length, and its entry of largest magnitude
+// (the first of equals).
+std::vector<double> column_lengths(ThreadPool& pool, const Buffer<float>& a, std::size_t n, std::size_t stride,
+                                   std::size_t columns);
+std::vector<float> largest_of_columns(ThreadPool& pool, const Buffer<float>& a, std::size_t n, std::size_t stride,
+                                      std::size_t columns);
 
 // The request's A as columns (cols × rank), and its B (rows × rank); row-major with a stride of `width`, a multiple of
 // 16, and zeros beside them.
@@ -31,7 +35,8 @@ Buffer<float> columns_of_a(const Kernels& kernels, ThreadPool& pool, const Split
 Buffer<float> columns_of_b(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, std::size_t width);
 
 // Each of the first columns of `a` (n rows, row-major with `stride`) times its factor.
-void scale_columns(Buffer<float>& a, std::size_t n, std::size_t stride, const std::vector<double>& factors);
+void scale_columns(ThreadPool& pool, Buffer<float>& a, std::size_t n, std::size_t stride,
+                   const std::vector<double>& factors);
 
 // The same product, Σ σᵢ·uᵢ·vᵢᵀ, where the u and v are orthonormal but for rounding, with ones that are so to float.
 Factors in_singular_form(const Kernels& kernels, ThreadPool& pool, Factors factors);

@@ -77,9 +77,9 @@ class Filling {
     for (std::size_t i = 0; i < n; ++i) {
       for (std::size_t c = 0; c < count; ++c) scaled[i * count + c] = directions[i * across + c * along];
     }
-    std::vector<double> factor = column_lengths(scaled, n, count, count);
+    std::vector<double> factor = column_lengths(pool, scaled, n, count, count);
     for (double& length : factor) length = length > 0 ? root_ / length : 0;
-    scale_columns(scaled, n, count, factor);
+    scale_columns(pool, scaled, n, count, factor);
     energy_ = energy_along(weight, scaled, count) / value;
     lapack::rank_update('N', count, n, scaled.data(), count, 0.0f, products.data());
     for (std::size_t j = 0; j < count; ++j) {

@@ -39,7 +39,7 @@ Factors project(const Kernels& kernels, ThreadPool& pool, const Weight& weight, 
   Buffer<float> to_left = multiply(kernels, pool, weight.rows, u.data(), k, k, ritz.vectors.data(), rank);
   Buffer<float> to_right = multiply(kernels, pool, weight.cols, z.data(), k, k, ritz.vectors.data(), rank);
   const std::size_t stride = round_up(rank, 16);
-  const std::vector<double> length = column_lengths(to_right, weight.cols, stride, rank);
+  const std::vector<double> length = column_lengths(pool, to_right, weight.cols, stride, rank);
   std::vector<double> sigma(length);
   for (double& value : sigma) value = std::ldexp(value, exponent);
   return in_descending_order(stride, std::move(to_left), std::move(to_right), length, sigma);

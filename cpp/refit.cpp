@@ -71,7 +71,7 @@ std::optional<Factors> follow(const Kernels& kernels, ThreadPool& pool, const Sp
   const float scale = std::ldexp(1.0f, -exponent);
   Sweep<float> sweep(kernels, pool, weight, width);
   Buffer<float> x = wide ? columns_of_a(kernels, pool, request, width) : columns_of_b(kernels, pool, request, width);
-  scale_columns(x, large, width, inverses(column_lengths(x, large, width, rank)));
+  scale_columns(pool, x, large, width, inverses(column_lengths(pool, x, large, width, rank)));
   Buffer<float> y(pool.scratch(), small * width + kReadBeyond);
   Buffer<float> z(pool.scratch(), large * width + kReadBeyond);
   for (result.passes = 1; result.passes <= kMaxPasses; ++result.passes) {
@@ -99,14 +99,14 @@ std::optional<Factors> follow(const Kernels& kernels, ThreadPool& pool, const Sp
       for (const double value : length) factors.sigma.push_back(std::ldexp(value, exponent));
       factors.order.resize(rank);
       std::iota(factors.order.begin(), factors.order.end(), 0);
-      if (!wide) scale_columns(other, large, width, inverses(length));
+      if (!wide) scale_columns(pool, other, large, width, inverses(length));
       factors.left = std::move(wide ? basis : other);
       factors.right = std::move(wide ? other : basis);
       factors.length = wide ? std::move(length) : std::vector<double>(rank, 1.0);
       result.sweep_seconds += seconds_since(start);
       return factors;
     }
-    scale_columns(other, large, width, inverses(length));
+    scale_columns(pool, other, large, width, inverses(length));
     std::copy(other.begin(), other.end(), x.begin());
   }
   return std::nullopt;

@@ -71,17 +71,11 @@ StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const
   stored.left = Buffer<float>(pool.scratch(), rows * rank);
   stored.right = Buffer<float>(pool.scratch(), rank * cols);
   const Buffer<float>& a_side = transposed ? factors.left : factors.right;
-  std::vector<float> largest(rank, 0.0f);
-  for (std::size_t j = 0; j < (transposed ? rows : cols); ++j) {
-    const float* row = a_side.data() + j * factors.stride;
-    for (std::size_t i = 0; i < rank; ++i) {
-      const float value = row[factors.order[i]];
-      largest[i] = std::fabs(value) > std::fabs(largest[i]) ? value : largest[i];
-    }
-  }
+  const std::vector<float> largest =
+      largest_of_columns(pool, a_side, transposed ? rows : cols, factors.stride, factors.stride);
   std::vector<double> left_scale(rank), right_scale(rank);
   for (std::size_t i = 0; i < rank; ++i) {
-    const double sign = largest[i] < 0 ? -1 : 1;
+    const double sign = largest[factors.order[i]] < 0 ? -1 : 1;
     const double shared = factors.sigma[i] / request.scaling;
     left_scale[i] = sign * std::sqrt(shared);
     right_scale[i] = shared > 0 ? sign * std::sqrt(shared) / factors.length[i] : 0;

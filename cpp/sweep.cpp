@@ -11,7 +11,7 @@ namespace {
 
 // A block of rows stays in a core's second-level cache between its two products, beside the X and Z of so many columns.
 constexpr std::size_t kBesideColumns = 16;
-constexpr std::size_t kMinBlockRows = 32, kMaxBlockRows = 128;
+constexpr std::size_t kMinBlockRows = 32, kGoodBlockRows = 64, kMaxBlockRows = 128;
 // Rows whose part of Z is summed by one task: many blocks, so that adding up the parts is little work.
 constexpr std::size_t kLaneRows = 512;
 constexpr std::size_t kLanes = 8;  // at least, where there is work enough for each
@@ -26,12 +26,16 @@ std::size_t min_lanes(const Weight& weight, std::size_t columns) {
   return std::clamp<std::size_t>(weight.rows * weight.cols / elements, 1, kLanes);
 }
 
+// Many rows are worth it where half the cache is left to what else passes through. But each block reads and writes all
+// of its part of Z, so that up to a number they are worth it wherever they fit.
 std::size_t choose_block_rows(std::size_t cache, const Weight& weight, std::size_t element_bytes, std::size_t columns) {
   const std::size_t beside = weight.cols * kBesideColumns * (element_bytes + sizeof(float));
-  const std::size_t left = cache - std::min(cache, cache / 2 + beside);
   const std::size_t row = weight.cols * std::min(size_of(weight.dtype), element_bytes);  // as it is multiplied
-  const std::size_t fitting = left / std::max<std::size_t>(1, row);
-  const std::size_t rows = std::clamp(fitting / 32 * 32, kMinBlockRows, kMaxBlockRows);
+  const auto fitting = [&](std::size_t bytes) {
+    return (bytes - std::min(bytes, beside)) / std::max<std::size_t>(1, row) / kMinBlockRows * kMinBlockRows;
+  };
+  const std::size_t easily = std::min(fitting(cache / 2), kMaxBlockRows);
+  const std::size_t rows = std::max({easily, std::min(fitting(cache), kGoodBlockRows), kMinBlockRows});
   return std::min(rows, round_up(std::max<std::size_t>(weight.rows / min_lanes(weight, columns), 1), kMinBlockRows));
 }
 

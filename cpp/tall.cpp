@@ -84,9 +84,13 @@ RightFactor<Element>::RightFactor(const Kernels& kernels, ThreadPool& pool, std:
   const Groups groups(width_, tile_for<Element>(kernels));
   Buffer<float> values(pool.scratch(), p * width_);  // row-major
   Buffer<Element> rows(pool.scratch(), p * width_);
-  for (std::size_t column = 0; column < width_; ++column) {
+  constexpr std::size_t kTurned = 16;  // columns at a time
+  for (std::size_t first = 0; first < width_; first += kTurned) {
+    const std::size_t end = std::min(q, first + kTurned);
     for (std::size_t i = 0; i < p; ++i) {
-      values[i * width_ + column] = column < q ? static_cast<float>(b[column * p + i]) : 0.0f;
+      float* row = values.data() + i * width_ + first;
+      std::fill_n(row, kTurned, 0.0f);
+      for (std::size_t column = first; column < end; ++column) *row++ = static_cast<float>(b[column * p + i]);
     }
   }
   round_to(kernels, values.data(), rows.data(), p * width_);

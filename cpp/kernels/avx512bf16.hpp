@@ -83,22 +83,26 @@ struct Squares {
 // denormal.
 inline void subtract_32(std::uint16_t* w, const float* product, __m512 scaling, __m512 scale, Squares& squares) {
   constexpr int kDenormal = 0x20;
-  const auto load = [](const std::uint16_t* p) { return load_half(p, DType::bf16, first_lanes(16)); };
+  const auto widened = [](__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  };
   __m512 before[2], exact[2];
   for (std::size_t half = 0; half < 2; ++half) {
-    before[half] = load(w + 16 * half);
+    before[half] = widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 16 * half)));
     exact[half] = _mm512_fnmadd_ps(scaling, _mm512_loadu_ps(product + 16 * half), before[half]);
   }
+  __m256i stored[2];
   if ((_mm512_fpclass_ps_mask(exact[0], kDenormal) | _mm512_fpclass_ps_mask(exact[1], kDenormal)) != 0) {
-    for (std::size_t half = 0; half < 2; ++half) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + 16 * half), round_half(exact[half], DType::bf16));
-    }
+    for (std::size_t half = 0; half < 2; ++half) stored[half] = round_half(exact[half], DType::bf16);
   } else {
-    _mm512_storeu_si512(w, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(exact[1], exact[0])));
+    for (std::size_t half = 0; half < 2; ++half) {
+      stored[half] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(exact[half]));
+    }
   }
   for (std::size_t half = 0; half < 2; ++half) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(w + 16 * half), stored[half]);
     const __m512 scaled = _mm512_mul_ps(before[half], scale);
-    const __m512 rounding = _mm512_mul_ps(_mm512_sub_ps(load(w + 16 * half), exact[half]), scale);
+    const __m512 rounding = _mm512_mul_ps(_mm512_sub_ps(widened(stored[half]), exact[half]), scale);
     squares.weight[half] = _mm512_fmadd_ps(scaled, scaled, squares.weight[half]);
     squares.error[half] = _mm512_fmadd_ps(rounding, rounding, squares.error[half]);
   }
