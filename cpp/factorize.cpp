@@ -19,37 +19,50 @@ namespace pissa {
 namespace {
 
 // Columns of X to a pass. Narrower blocks reach the target with fewer columns, but blocks narrower than a vector waste
-// more than that.
-constexpr std::size_t kBlock = 16;
+// more than that. Where even so few columns of X and Z are more than a second-level cache holds, every block of rows
+// fetches them from beyond it: products of bf16 are then sooner done with twice as many a pass, but for low ranks,
+// which need few passes.
+constexpr std::size_t kBlock = 16, kWideBlock = 32;
+constexpr std::size_t kRankForWide = 128;
+
+std::size_t block_for(const Weight& weight, std::size_t rank, bool bf16) {
+  constexpr std::size_t kBytes = kBlock * (sizeof(std::uint16_t) + sizeof(float));
+  return bf16 && rank >= kRankForWide && weight.cols * kBytes > kLargestCache ? kWideBlock : kBlock;
+}
 
 // A check of k columns costs about as much as a pass over k³ values; it is cheap where that is a share of
 // 1/kCheapCheck.
 constexpr std::size_t kCheapCheck = 4;
 
 // How the work is laid out for a rank. On weights with language models' spectra, 2·rank + 32 to 2.5·rank + 64 columns
-// reach the target. The first check, which tells from the speed of convergence when the next is due, comes at the least
-// of it where a check costs little beside a pass, or else at the most.
+// reach the target, or 128 where blocks are wide. The first check, which tells from the speed of convergence when the
+// next is due, comes at the least of it where a check costs little beside a pass, or else at the most.
 struct Schedule {
-  Schedule(const Weight& weight, std::size_t rank, std::size_t passes) {
+  Schedule(const Weight& weight, std::size_t rank, std::size_t passes, bool bf16)
+      : block(block_for(weight, rank, bf16)) {
     const std::size_t limit = std::min(weight.rows, weight.cols);
-    const std::size_t least = 2 * rank + 32, most = 2 * rank + rank / 2 + 64;
+    const std::size_t least = 2 * rank + 32, most = 2 * rank + rank / 2 + 4 * block;
     const bool cheap = kCheapCheck * least * least * least <= weight.rows * weight.cols;
-    first_check = (cheap ? least : most) / kBlock;
-    max_passes = passes > 0 ? passes : (6 * rank + 64) / kBlock + 1;
+    first_check = (cheap ? least : most) / block;
+    max_passes = passes > 0 ? passes : (6 * rank + 64) / block + 1;
     // Where the basis would have to span most of the space, its whole Gram matrix is cheaper and exact.
     const std::size_t expected = 2 * rank + rank / 4 + 64;
-    exact = passes == 0 ? 4 * expected >= 3 * limit : rank + 2 * kBlock > limit;
-    if (!exact) max_passes = std::min(max_passes, limit / kBlock);
-    min_passes = (rank + kBlock - 1) / kBlock;
+    exact = passes == 0 ? 4 * expected >= 3 * limit : rank + 2 * block > limit;
+    if (!exact) max_passes = std::min(max_passes, limit / block);
+    min_passes = (rank + block - 1) / block;
     if (!exact && max_passes < min_passes) exact = true;
     first_check = std::clamp(first_check, min_passes, std::max(min_passes, max_passes));
   }
-  std::size_t first_check, max_passes, min_passes;
+  std::size_t block, first_check, max_passes, min_passes;
   bool exact;
 };
 
 // In a small matrix the rounding of X and Y to bf16 does not average out, and there is little to gain.
 constexpr std::size_t kSmallForBf16 = 96;
+
+// The error of rounding to bf16, and what products of rounded columns do not tell from it beside the largest.
+constexpr double kRounding = 0x1p-8;
+constexpr double kDrowned = 0x1p-7;
 
 // Share of the energy that a weight's triplets lose by its rounding to bf16, at most.
 constexpr double kFaithful = 2e-5;
@@ -57,7 +70,8 @@ constexpr double kFaithful = 2e-5;
 // The triplets that a Krylov basis holds. X is orthonormal up to its rounding only, and so X·v is not quite of length
 // one: W·(X·v) = σ·u holds as it is, and for the direction of X·v, σ is less by that length.
 template <class Element>
-Factors combine(ThreadPool& pool, const RangeFinder<Element>& finder, const RitzTriplets& ritz, std::size_t rank, bool precise) {
+Factors combine(ThreadPool& pool, const RangeFinder<Element>& finder, const RitzTriplets& ritz, std::size_t rank,
+                bool precise) {
   const KrylovBasis& basis = finder.basis();
   const std::size_t k = basis.columns();
   std::vector<double> to_left(ritz.vectors);
@@ -74,6 +88,13 @@ Factors combine(ThreadPool& pool, const RangeFinder<Element>& finder, const Ritz
   return in_descending_order(stride, std::move(left), std::move(right), length, sigma);
 }
 
+// Of Y's last columns, from its Gram matrix (k × k).
+double mean_length_of_last(const Buffer<double>& gram, std::size_t k, std::size_t columns) {
+  double sum = 0;
+  for (std::size_t i = k - columns; i < k; ++i) sum += gram[i * k + i];
+  return std::sqrt(sum / static_cast<double>(columns));
+}
+
 template <class Element>
 Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request,
                          const Schedule& schedule, bool exact, SplitResult& result) {
@@ -82,14 +103,14 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
   const bool rounded = kIsBf16<Element> && weight.dtype != DType::bf16;
   auto start = Clock::now();
   std::optional<RangeFinder<Element>> finder;
-  finder.emplace(kernels, pool, weight, kBlock, schedule.max_passes, request.key);
+  finder.emplace(kernels, pool, weight, schedule.block, schedule.max_passes, request.key);
   const auto start_over = [&] {
     finder.reset();
     return factor_by_krylov<float>(kernels, pool, request, schedule, true, result);
   };
   if (finder->out_of_range()) return start_over();
   result.sweep_seconds += seconds_since(start);
-  result.block = kBlock;
+  result.block = schedule.block;
   if (finder->zero()) {
     Factors none;
     none.stride = rank;
@@ -110,15 +131,20 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     finder->advance_to(next, last);
     result.sweep_seconds += seconds_since(start);
     start = Clock::now();
-    ritz = rayleigh_ritz(kernels, pool, finder->gram(exact), basis.columns(), rank, kBlock, exact);
+    Buffer<double> gram = finder->gram(exact);
+    const double beyond = mean_length_of_last(gram, basis.columns(), schedule.block);
+    ritz = rayleigh_ritz(kernels, pool, std::move(gram), basis.columns(), rank, schedule.block, exact);
     if (basis.exhausted) ritz.estimated_deficit = 0;
     result.ritz_seconds += seconds_since(start);
     // A few directions far above all others, or a W of low rank: the others drown in the rounding of what is computed
-    // in bf16, or of sums in float. Where a block of a basis in bf16 has had to be done by Householder, what W has
-    // beyond the basis is of the size of that rounding, and further blocks would be copies of the first.
-    const bool drowns = ritz.sigma[rank - 1] < kPrecise * ritz.sigma[0] || (kIsBf16<Element> && basis.householder);
-    if (!exact && drowns) return start_over();
-    // Where next to nothing is missing, it would be what the rounding loses.
+    // in bf16, or of sums in float. So does what is of the size of bf16's rounding beyond the basis: further blocks
+    // would be copies of the first, and have to be done by Householder.
+    const bool ends = kIsBf16<Element> && (basis.householder || beyond < kDrowned * ritz.sigma[0]);
+    if (!exact && (ends || ritz.sigma[rank - 1] < kPrecise * ritz.sigma[0])) return start_over();
+    // Where next to nothing is missing, it would be what the rounding loses. Where the singular values are the same but
+    // for its errors, those that it makes larger would be chosen.
+    const bool alike = rank > 1 && ritz.sigma[(rank - 1) / 2] * (1 - kRounding) < ritz.sigma[rank - 1];
+    if (rounded && request.precise && alike) return start_over();
     if (rounded && ritz.estimated_deficit < kFaithful) return start_over();
     if (ritz.estimated_deficit <= kTargetDeficit || basis.exhausted || basis.passes == schedule.max_passes) break;
     // A check costs as much as a pass or two: the next is where the estimate will have come down, but not far ahead, as
@@ -150,11 +176,12 @@ bool uses_bf16(const Kernels& kernels, const Weight& weight) {
 
 Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, SplitResult& result) {
   const Weight& weight = request.weight;
-  const Schedule schedule(weight, request.rank, request.passes);
+  const bool bf16 = uses_bf16(kernels, weight);
+  const Schedule schedule(weight, request.rank, request.passes, bf16);
   if (!schedule.exact) {
-    return uses_bf16(kernels, weight) ? factor_by_krylov<std::uint16_t>(kernels, pool, request, schedule, false, result)
-                                      : factor_by_krylov<float>(kernels, pool, request, schedule,
-                                                                weight.dtype == DType::f32 && request.precise, result);
+    return bf16 ? factor_by_krylov<std::uint16_t>(kernels, pool, request, schedule, false, result)
+                : factor_by_krylov<float>(kernels, pool, request, schedule,
+                                          weight.dtype == DType::f32 && request.precise, result);
   }
   const auto start = Clock::now();
   Factors factors = factor_exactly(kernels, pool, weight, request.rank, request.precise);
@@ -163,12 +190,14 @@ Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
 }
 
 std::size_t factorize_workspace_bytes(const Weight& weight, std::size_t rank, std::size_t passes, unsigned threads) {
-  const Schedule schedule(weight, rank, passes);
-  if (schedule.exact) return exact_workspace_bytes(weight, rank, threads);
-  const std::size_t columns = kBlock * schedule.max_passes;
-  return std::max(RangeFinder<float>::workspace_bytes(weight, kBlock, schedule.max_passes, threads) +
-                      sizeof(double) * 6 * columns * columns,
-                  projection_workspace_bytes(weight, with_spare(rank), threads));
+  const auto with = [&](const Schedule& schedule) {
+    if (schedule.exact) return exact_workspace_bytes(weight, rank, threads);
+    const std::size_t columns = schedule.block * schedule.max_passes;
+    return std::max(RangeFinder<float>::workspace_bytes(weight, schedule.block, schedule.max_passes, threads) +
+                        sizeof(double) * 6 * columns * columns,
+                    projection_workspace_bytes(weight, with_spare(rank), threads));
+  };
+  return std::max(with(Schedule(weight, rank, passes, false)), with(Schedule(weight, rank, passes, true)));
 }
 
 }  // namespace pissa

@@ -12,7 +12,7 @@
 namespace pissa {
 namespace {
 
-constexpr std::size_t kGroup = 16;     // rows that are turned at a time
+constexpr std::size_t kGroup = 16;    // rows that are turned at a time
 constexpr std::size_t kPiece = 1024;  // rows that one task looks at
 
 }  // namespace

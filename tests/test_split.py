@@ -217,8 +217,8 @@ def test_special_matrices(name: str, dtype: torch.dtype) -> None:
 def test_singular_values_repeated_more_often_than_a_block_is_wide_are_all_found(dtype: torch.dtype) -> None:
     weight = (torch.eye(600)[:, :520] * 3).to(dtype)
     result = split(weight, 64)
-    # Where kernels multiply in bfloat16, X and Y are rounded, here with many equal entries and so with equal errors.
-    np.testing.assert_allclose(result.singular_values, 3, rtol=5e-3)
+    # Of a bf16 weight X and Y are rounded, and among equals those that this makes larger are chosen.
+    np.testing.assert_allclose(result.singular_values, 3, rtol=5e-3 if dtype == torch.bfloat16 else 2e-3)
     taken = result.B.double() @ result.A.double()
     captured = norm(weight) ** 2 - norm(weight.double() - taken) ** 2
     assert captured == pytest.approx(64 * 9, rel=1e-4)

@@ -26,6 +26,8 @@ TARGET_DEFICIT = 2.5e-3
 
 _PRECISE = 2e-2
 """Where σ_r is less of σ₁ than this, products of rounded vectors would cost the last directions accuracy."""
+_DROWNED = 2**-7
+"""Of σ₁: what products of vectors rounded to bfloat16 do not tell from their rounding."""
 
 _SMALL_NORM, _LARGE_NORM = 1e-15, 1e15
 """Of the sketch: between them, float32's products and squares stay in range."""
@@ -108,11 +110,10 @@ class _Krylov:
             self._advance_to(following)
             found, vectors = self._triplets()
             deficit = 0.0 if self._exhausted else found.estimated_deficit
-            # See cpp/factorize.cpp for the second.
-            drowns = found.sigma[rank - 1] < _PRECISE * found.sigma[0] or (
-                self._element == torch.bfloat16 and self._x.householder
-            )
-            if not self._exact and drowns:
+            # See cpp/factorize.cpp.
+            drowns = found.sigma[rank - 1] < _PRECISE * found.sigma[0]
+            ends = self._x.householder or self._beyond() < _DROWNED * found.sigma[0]
+            if not self._exact and (drowns or (self._element == torch.bfloat16 and ends)):
                 return None
             if deficit <= TARGET_DEFICIT or self._exhausted or self._passes >= schedule.max_passes:
                 return self._combine(np.array(found.sigma), vectors, deficit)
@@ -176,6 +177,11 @@ class _Krylov:
         gram = self._gram[:size, :size]
         gram = gram.triu() + gram.triu(1).T
         return ritz(gram, self._spec.rank, self._schedule.block, self._exact, self._note)
+
+    def _beyond(self) -> float:
+        """The mean length of Y's last block."""
+        size = self._passes * self._schedule.block
+        return math.sqrt(float(self._gram.diagonal()[size - self._schedule.block : size].mean()))
 
     def _combine(self, sigma: Array, vectors: Array, deficit: float) -> Factors:
         """X is orthonormal up to its rounding only: W·(X·v) = σ·u holds, and σ is less by the length of X·v."""
