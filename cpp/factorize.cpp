@@ -150,7 +150,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     // A check costs as much as a pass or two: the next is where the estimate will have come down, but not far ahead, as
     // single passes gain more or less than those around them.
     const double factor = std::log(ritz.estimated_deficit / kTargetDeficit) / -std::log(ritz.convergence);
-    const double limit = std::ceil(static_cast<double>(basis.passes) / 2);
+    const double limit = std::max(3.0, std::ceil(static_cast<double>(basis.passes) / 2));
     const double ahead = ritz.convergence < 1 ? std::clamp(std::ceil(0.9 * factor), 1.0, limit) : limit;
     next = std::min(schedule.max_passes, basis.passes + static_cast<std::size_t>(ahead));
   }

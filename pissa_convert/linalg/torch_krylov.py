@@ -121,7 +121,7 @@ class _Krylov:
 
     def _ahead(self, deficit: float, convergence: float) -> int:
         """Passes to the next check: where the estimate will have come down, but not far ahead."""
-        limit = -(-self._passes // 2)
+        limit = max(3, -(-self._passes // 2))
         if convergence >= 1:
             return limit
         return min(max(math.ceil(0.9 * math.log(deficit / TARGET_DEFICIT) / -math.log(convergence)), 1), limit)
