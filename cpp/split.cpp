@@ -17,42 +17,6 @@
 namespace pissa {
 namespace {
 
-// values ← what `dtype` can hold of them.
-void round_to_dtype(DType dtype, float* values, std::size_t count) {
-  if (dtype == DType::bf16) {
-    for (std::size_t i = 0; i < count; ++i) values[i] = bf16_to_float(float_to_bf16(values[i]));
-  } else if (dtype == DType::f16) {
-    for (std::size_t i = 0; i < count; ++i) values[i] = f16_to_float(float_to_f16(values[i]));
-  }
-}
-
-// Rows [begin, begin + rows) of a factor (n × rank), given as `values`, go to `place`: as they are, or as columns.
-template <class Element, class Convert>
-void write_rows(const float* values, std::size_t begin, std::size_t rows, std::size_t rank, std::size_t n,
-                bool as_columns, Element* place, const Convert& convert) {
-  if (!as_columns) {
-    for (std::size_t i = 0; i < rows * rank; ++i) place[begin * rank + i] = convert(values[i]);
-    return;
-  }
-  for (std::size_t i = 0; i < rank; ++i) {
-    for (std::size_t j = 0; j < rows; ++j) place[i * n + begin + j] = convert(values[j * rank + i]);
-  }
-}
-
-void write_factor(const float* values, std::size_t begin, std::size_t rows, std::size_t rank, std::size_t n,
-                  bool as_columns, void* place, DType dtype) {
-  auto* halves = static_cast<std::uint16_t*>(place);
-  switch (dtype) {
-    case DType::f32:
-      return write_rows(values, begin, rows, rank, n, as_columns, static_cast<float*>(place),
-                        [](float value) { return value; });
-    case DType::f16:
-      return write_rows(values, begin, rows, rank, n, as_columns, halves, float_to_f16);
-    case DType::bf16:
-      return write_rows(values, begin, rows, rank, n, as_columns, halves, float_to_bf16);
-  }
-}
-
 struct StoredFactors {
   Buffer<float> left;   // rows × rank, row-major
   Buffer<float> right;  // rank × cols, row-major
@@ -88,23 +52,33 @@ StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const
     const std::size_t n = is_left ? rows : cols;
     const std::size_t begin = (is_left ? task : task - left_tasks) * kPiece, count = std::min(kPiece, n - begin);
     const double* scale = (is_left ? left_scale : right_scale).data();
-    Buffer<float> values(pool.scratch(), count * rank);
+    Buffer<float> values(pool.scratch(), count * rank), turned(pool.scratch(), count * rank);
+    float sum = 0;  // of zeros, or NaN
     for (std::size_t j = 0; j < count; ++j) {
       const float* row = (is_left ? factors.left : factors.right).data() + (begin + j) * factors.stride;
       for (std::size_t i = 0; i < rank; ++i) {
         values[j * rank + i] = static_cast<float>(static_cast<double>(row[factors.order[i]]) * scale[i]);
       }
     }
-    if (request.weight.dtype == DType::bf16) round_to_dtype(DType::bf16, values.data(), count * rank);
-    round_to_dtype(request.adapter_dtype, values.data(), count * rank);
-    float sum = 0;  // of zeros, or NaN
-    for (const float value : values) sum += value * 0.0f;
+    for (float& value : values) {
+      if (request.weight.dtype == DType::bf16) value = rounded_to(DType::bf16, value);
+      value = rounded_to(request.adapter_dtype, value);
+      sum += value * 0.0f;
+    }
     finite[task] = sum == 0.0f;
-    float* kept = (is_left ? stored.left : stored.right).data();
-    write_factor(values.data(), begin, count, rank, n, !is_left, kept, DType::f32);
+    for (std::size_t i = 0; i < rank; ++i) {
+      for (std::size_t j = 0; j < count; ++j) turned[i * count + j] = values[j * rank + i];
+    }
+    const auto store = [&](bool as_columns, DType dtype, void* factor) {
+      auto* place = static_cast<char*>(factor);
+      if (!as_columns) return store_as(dtype, values.data(), count * rank, place + begin * rank * size_of(dtype));
+      for (std::size_t i = 0; i < rank; ++i) {
+        store_as(dtype, turned.data() + i * count, count, place + (i * n + begin) * size_of(dtype));
+      }
+    };
+    store(!is_left, DType::f32, (is_left ? stored.left : stored.right).data());
     // B is the left factor and A the right one; a transposed weight swaps them and their layouts.
-    void* place = is_left == transposed ? request.a : request.b;
-    write_factor(values.data(), begin, count, rank, n, is_left == transposed, place, request.adapter_dtype);
+    store(is_left == transposed, request.adapter_dtype, is_left == transposed ? request.a : request.b);
   });
   stored.finite = std::all_of(finite.begin(), finite.end(), [](unsigned char good) { return good != 0; });
   return stored;

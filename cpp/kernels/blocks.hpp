@@ -91,11 +91,6 @@ bool quantise_with(const Widen& widen, const void* src, DType dtype, std::size_t
   return sum == 0.0f;
 }
 
-inline float rounded_to(DType dtype, float value) {
-  if (dtype == DType::f32) return value;
-  return dtype == DType::bf16 ? bf16_to_float(float_to_bf16(value)) : f16_to_float(float_to_f16(value));
-}
-
 // See Kernels::read_codes.
 inline void read_codes_one_by_one(const std::uint8_t* packed, const float* absmax, std::size_t count,
                                   const FourBitCode& code, DType dtype, float* q) {

@@ -54,7 +54,11 @@ inline std::uint16_t float_to_f16(float value) {
   return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-}  // namespace
+inline float rounded_to(DType dtype, float value) {
+  if (dtype == DType::f32) return value;
+  return dtype == DType::bf16 ? bf16_to_float(float_to_bf16(value)) : f16_to_float(float_to_f16(value));
+}
+
 // Values as the dtype holds them.
 inline void store_as(DType dtype, const float* values, std::size_t count, void* place) {
   if (dtype == DType::f32) {
@@ -67,4 +71,5 @@ inline void store_as(DType dtype, const float* values, std::size_t count, void* 
   }
 }
 
+}  // namespace
 }  // namespace pissa
