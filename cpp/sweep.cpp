@@ -27,15 +27,18 @@ std::size_t min_lanes(const Weight& weight, std::size_t columns) {
 }
 
 // Many rows are worth it where half the cache is left to what else passes through. But each block reads and writes all
-// of its part of Z, so that up to a number they are worth it wherever they fit.
+// of its part of Z, so that up to a number they are worth it wherever they fit; and where not even few stay in the
+// cache, as they are more than half of it.
 std::size_t choose_block_rows(std::size_t cache, const Weight& weight, std::size_t element_bytes, std::size_t columns) {
   const std::size_t beside = weight.cols * kBesideColumns * (element_bytes + sizeof(float));
   const std::size_t row = weight.cols * std::min(size_of(weight.dtype), element_bytes);  // as it is multiplied
   const auto fitting = [&](std::size_t bytes) {
     return (bytes - std::min(bytes, beside)) / std::max<std::size_t>(1, row) / kMinBlockRows * kMinBlockRows;
   };
-  const std::size_t easily = std::min(fitting(cache / 2), kMaxBlockRows);
-  const std::size_t rows = std::max({easily, std::min(fitting(cache), kGoodBlockRows), kMinBlockRows});
+  const bool hopeless = 2 * kMinBlockRows * row > cache;
+  const std::size_t rows =
+      std::max({hopeless ? kGoodBlockRows : kMinBlockRows, std::min(fitting(cache), kGoodBlockRows),
+                std::min(fitting(cache / 2), kMaxBlockRows)});
   return std::min(rows, round_up(std::max<std::size_t>(weight.rows / min_lanes(weight, columns), 1), kMinBlockRows));
 }
 
@@ -82,7 +85,8 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
 
 template <class Element>
 std::size_t Sweep<Element>::workspace_bytes(const Weight& weight, std::size_t max_block, unsigned threads) {
-  const std::size_t rows = choose_block_rows(kLargestCache, weight, sizeof(Element), max_block);
+  const std::size_t rows =
+      std::max(kGoodBlockRows, choose_block_rows(kLargestCache, weight, sizeof(Element), max_block));
   const std::size_t part = Scratch::rounded(sizeof(float) * (weight.cols + 80) * max_block);
   const std::size_t lane = (kIsBf16<Element> ? Scratch::rounded(sizeof(Element) * rows * (weight.cols + 96)) : 0) +
                            Scratch::rounded(sizeof(Element) * rows * max_block) +

@@ -175,6 +175,16 @@ def test_the_accuracy_test_can_fail() -> None:
     assert deficit(weight, split(weight.float(), 16).singular_values) < 1e-3
 
 
+def test_a_weight_so_wide_that_blocks_are_too() -> None:
+    weight = llm_like(700, 22016, dtype=torch.bfloat16)
+    result = split(weight, 128)
+    exact = torch.linalg.eigvalsh(weight.double() @ weight.double().T).flip(0)[:128]
+    taken = weight.double() - result.B.double() @ result.A.double()
+    assert 1 - (norm(weight) ** 2 - norm(taken) ** 2) / float(exact.sum()) < 5e-3
+    error, rounding = error_over_rounding(weight, result)
+    assert error <= 1.02 * rounding
+
+
 def test_more_passes_capture_more() -> None:
     weight = llm_like(800, 700)
     deficits = [deficit(weight, split(weight, 32, passes=passes).singular_values) for passes in (3, 5, 8)]

@@ -126,6 +126,14 @@ void check_refit(const Case& c) {
   CHECK(std::fabs(missing + energy - norm * norm) <= 1e-4 * norm * norm, "%g and %g of %g", missing, energy, norm);
 }
 
+// A weight so wide that bf16 is multiplied in wide blocks.
+void check_wide() {
+  const Case c{300, 22016, 128, 5};
+  const Output one = run(c, DType::bf16, DType::f32, false, 1), other = run(c, DType::bf16, DType::f32, false, 3);
+  CHECK(one.result.block == (select_kernels().bf16 != nullptr ? 32 : 16), "a block of %zu", one.result.block);
+  CHECK(one.residual == other.residual && one.a == other.a && one.b == other.b, "threads change a wide weight");
+}
+
 void check_refusals() {
   for (const std::size_t rows : {20u, 300u}) {  // the exact and the iterative path
     TestWeight w(DType::f32, rows, 280, 7);
@@ -153,6 +161,7 @@ int main() {
     check_refit(c);
     check_correction(c);
   }
+  check_wide();
   check_refusals();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
