@@ -88,7 +88,7 @@ Factors combine(ThreadPool& pool, const RangeFinder<Element>& finder, const Ritz
   return in_descending_order(stride, std::move(left), std::move(right), length, sigma);
 }
 
-// Of Y's last columns, from its Gram matrix (k × k).
+// Root mean square of the lengths of Y's last columns, from its Gram matrix (k × k).
 double mean_length_of_last(const Buffer<double>& gram, std::size_t k, std::size_t columns) {
   double sum = 0;
   for (std::size_t i = k - columns; i < k; ++i) sum += gram[i * k + i];

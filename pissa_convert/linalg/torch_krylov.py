@@ -179,7 +179,7 @@ class _Krylov:
         return ritz(gram, self._spec.rank, self._schedule.block, self._exact, self._note)
 
     def _beyond(self) -> float:
-        """The mean length of Y's last block."""
+        """Root mean square of the lengths of Y's last block."""
         size = self._passes * self._schedule.block
         return math.sqrt(float(self._gram.diagonal()[size - self._schedule.block : size].mean()))
 
