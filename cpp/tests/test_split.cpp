@@ -128,7 +128,7 @@ void check_refit(const Case& c) {
 
 // A weight so wide that bf16 is multiplied in wide blocks.
 void check_wide() {
-  const Case c{300, 22016, 128, 5};
+  const Case c{300, 22016, 128, 8};
   const Output one = run(c, DType::bf16, DType::f32, false, 1), other = run(c, DType::bf16, DType::f32, false, 3);
   CHECK(one.result.block == (select_kernels().bf16 != nullptr ? 32 : 16), "a block of %zu", one.result.block);
   CHECK(one.residual == other.residual && one.a == other.a && one.b == other.b, "threads change a wide weight");
