@@ -15,15 +15,22 @@ namespace {
 constexpr std::size_t kGroup = 16;    // rows that are turned at a time
 constexpr std::size_t kPiece = 1024;  // rows that one task looks at
 
+// Calls task(number, first row, row beyond the last) for pieces of n rows.
+template <class Task>
+void for_each_piece(ThreadPool& pool, std::size_t n, const Task& task) {
+  pool.run((n + kPiece - 1) / kPiece,
+           [&](std::size_t piece) { task(piece, piece * kPiece, std::min(n, (piece + 1) * kPiece)); });
+}
+
 }  // namespace
 
 std::vector<double> column_lengths(ThreadPool& pool, const Buffer<float>& a, std::size_t n, std::size_t stride,
                                    std::size_t columns) {
   const std::size_t pieces = (n + kPiece - 1) / kPiece;
   std::vector<double> parts(pieces * columns, 0.0), length(columns, 0.0);
-  pool.run(pieces, [&](std::size_t piece) {
+  for_each_piece(pool, n, [&](std::size_t piece, std::size_t begin, std::size_t end) {
     double* part = parts.data() + piece * columns;
-    for (std::size_t j = piece * kPiece; j < std::min(n, (piece + 1) * kPiece); ++j) {
+    for (std::size_t j = begin; j < end; ++j) {
       const float* row = a.data() + j * stride;
       for (std::size_t i = 0; i < columns; ++i) part[i] += static_cast<double>(row[i]) * static_cast<double>(row[i]);
     }
@@ -42,10 +49,8 @@ std::vector<float> largest_of_columns(ThreadPool& pool, const Buffer<float>& a, 
   const auto take = [columns](const float* row, float* best) {
     for (std::size_t i = 0; i < columns; ++i) best[i] = std::fabs(row[i]) > std::fabs(best[i]) ? row[i] : best[i];
   };
-  pool.run(pieces, [&](std::size_t piece) {
-    for (std::size_t j = piece * kPiece; j < std::min(n, (piece + 1) * kPiece); ++j) {
-      take(a.data() + j * stride, parts.data() + piece * columns);
-    }
+  for_each_piece(pool, n, [&](std::size_t piece, std::size_t begin, std::size_t end) {
+    for (std::size_t j = begin; j < end; ++j) take(a.data() + j * stride, parts.data() + piece * columns);
   });
   for (std::size_t piece = 0; piece < pieces; ++piece) take(parts.data() + piece * columns, largest.data());
   return largest;
@@ -54,8 +59,8 @@ std::vector<float> largest_of_columns(ThreadPool& pool, const Buffer<float>& a, 
 void scale_columns(ThreadPool& pool, Buffer<float>& a, std::size_t n, std::size_t stride,
                    const std::vector<double>& factors) {
   const std::vector<float> narrow(factors.begin(), factors.end());
-  pool.run((n + kPiece - 1) / kPiece, [&](std::size_t piece) {
-    for (std::size_t j = piece * kPiece; j < std::min(n, (piece + 1) * kPiece); ++j) {
+  for_each_piece(pool, n, [&](std::size_t, std::size_t begin, std::size_t end) {
+    for (std::size_t j = begin; j < end; ++j) {
       float* row = a.data() + j * stride;
       for (std::size_t i = 0; i < narrow.size(); ++i) row[i] *= narrow[i];
     }

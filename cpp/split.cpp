@@ -52,7 +52,7 @@ StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const
     const std::size_t n = is_left ? rows : cols;
     const std::size_t begin = (is_left ? task : task - left_tasks) * kPiece, count = std::min(kPiece, n - begin);
     const double* scale = (is_left ? left_scale : right_scale).data();
-    Buffer<float> values(pool.scratch(), count * rank), turned(pool.scratch(), count * rank);
+    Buffer<float> values(pool.scratch(), count * rank);
     float sum = 0;  // of zeros, or NaN
     for (std::size_t j = 0; j < count; ++j) {
       const float* row = (is_left ? factors.left : factors.right).data() + (begin + j) * factors.stride;
@@ -66,14 +66,13 @@ StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const
       sum += value * 0.0f;
     }
     finite[task] = sum == 0.0f;
-    for (std::size_t i = 0; i < rank; ++i) {
-      for (std::size_t j = 0; j < count; ++j) turned[i * count + j] = values[j * rank + i];
-    }
     const auto store = [&](bool as_columns, DType dtype, void* factor) {
       auto* place = static_cast<char*>(factor);
       if (!as_columns) return store_as(dtype, values.data(), count * rank, place + begin * rank * size_of(dtype));
+      float column[kPiece];
       for (std::size_t i = 0; i < rank; ++i) {
-        store_as(dtype, turned.data() + i * count, count, place + (i * n + begin) * size_of(dtype));
+        for (std::size_t j = 0; j < count; ++j) column[j] = values[j * rank + i];
+        store_as(dtype, column, count, place + (i * n + begin) * size_of(dtype));
       }
     };
     store(!is_left, DType::f32, (is_left ? stored.left : stored.right).data());

@@ -112,8 +112,7 @@ class _Krylov:
             deficit = 0.0 if self._exhausted else found.estimated_deficit
             # See cpp/factorize.cpp.
             drowns = found.sigma[rank - 1] < _PRECISE * found.sigma[0]
-            ends = self._x.householder or self._beyond() < _DROWNED * found.sigma[0]
-            if not self._exact and (drowns or (self._element == torch.bfloat16 and ends)):
+            if not self._exact and (drowns or self._ends(found.sigma[0])):
                 return None
             if deficit <= TARGET_DEFICIT or self._exhausted or self._passes >= schedule.max_passes:
                 return self._combine(np.array(found.sigma), vectors, deficit)
@@ -178,10 +177,15 @@ class _Krylov:
         gram = gram.triu() + gram.triu(1).T
         return ritz(gram, self._spec.rank, self._schedule.block, self._exact, self._note)
 
-    def _beyond(self) -> float:
-        """Root mean square of the lengths of Y's last block."""
+    def _ends(self, largest: float) -> bool:
+        """Whether what W has beyond the basis, as Y's last block tells, is of the size of bfloat16's rounding."""
+        if self._element != torch.bfloat16:
+            return False
+        if self._x.householder:
+            return True
         size = self._passes * self._schedule.block
-        return math.sqrt(float(self._gram.diagonal()[size - self._schedule.block : size].mean()))
+        squares = self._gram.diagonal()[size - self._schedule.block : size]
+        return math.sqrt(float(squares.mean())) < _DROWNED * largest
 
     def _combine(self, sigma: Array, vectors: Array, deficit: float) -> Factors:
         """X is orthonormal up to its rounding only: W·(X·v) = σ·u holds, and σ is less by the length of X·v."""
