@@ -89,7 +89,7 @@ class Corrector {
 
   Buffer<Element> rounded(const Buffer<float>& values, std::size_t n) {
     Buffer<Element> result(pool_.scratch(), n * width_ + kReadBeyond);
-    round_to(kernels_, values.data(), result.data(), n * width_);
+    round_to(kernels_, values.data(), n, width_, result.data(), width_);
     return result;
   }
 

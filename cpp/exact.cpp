@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "eigenpairs.hpp"
 #include "factorize.hpp"
 #include "lapack.hpp"
 #include "projection.hpp"
@@ -67,8 +68,7 @@ std::optional<Directions<T>> directions(const Kernels& kernels, ThreadPool& pool
   if (!std::isfinite(trace)) throw std::domain_error("holds NaN or infinity");
   Directions<T> found{std::vector<double>(rank), Buffer<T>(pool.scratch(), small * rank),
                       Buffer<T>(pool.scratch(), images ? large * rank : 0)};
-  if (!lapack::largest_eigenpairs(kernels, pool.scratch(), small, gram.data(), rank, found.squares.data(),
-                                  found.small.data())) {
+  if (!largest_eigenpairs(kernels, pool, small, gram.data(), rank, found.squares.data(), found.small.data())) {
     throw std::runtime_error("LAPACK stedc did not converge");
   }
   if (!kIsDouble && found.squares[rank - 1] < kPrecise * kPrecise * found.squares[0]) return std::nullopt;

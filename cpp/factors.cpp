@@ -5,6 +5,7 @@
 #include <numeric>
 #include <utility>
 
+#include "eigenpairs.hpp"
 #include "lapack.hpp"
 #include "orthonormalize.hpp"
 #include "tall.hpp"
@@ -133,8 +134,7 @@ Factors in_singular_form(const Kernels& kernels, ThreadPool& pool, Factors facto
   const double scale = 1 / factors.sigma[0];
   lapack::gemm('N', 'N', rank, rank, rank, scale, left_gram.data(), rank, inner.data(), rank, 0.0, half.data(), rank);
   lapack::gemm('T', 'N', rank, rank, rank, scale, inner.data(), rank, half.data(), rank, 0.0, gram.data(), rank);
-  if (!lapack::largest_eigenpairs(kernels, pool.scratch(), rank, gram.data(), rank, values.data(), v.data()) ||
-      !(values.back() > 0)) {
+  if (!largest_eigenpairs(kernels, pool, rank, gram.data(), rank, values.data(), v.data()) || !(values.back() > 0)) {
     return factors;
   }
   std::vector<double> to_left(stride * rank), to_right(stride * rank), left(rank * rank), right(rank * rank);

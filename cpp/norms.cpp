@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "buffer.hpp"
+#include "eigenpairs.hpp"
 #include "exact.hpp"
 #include "factors.hpp"
 #include "lapack.hpp"
@@ -57,7 +58,7 @@ namespace {
 template <class T>
 TridiagonalMatrix reduced(const Kernels& kernels, ThreadPool& pool, Buffer<T> gram, std::size_t n) {
   std::vector<T> diagonal(n), beside(n);
-  if (!lapack::tridiagonalize(kernels, pool.scratch(), n, gram.data(), diagonal.data(), beside.data())) {
+  if (!tridiagonalize(kernels, pool.scratch(), n, gram.data(), diagonal.data(), beside.data())) {
     throw std::runtime_error("LAPACK sytrd failed");
   }
   return {{diagonal.begin(), diagonal.end()}, {beside.begin(), beside.end()}};
@@ -208,14 +209,14 @@ Sums dot(const Buffer<float>& a, const Buffer<float>& b, std::size_t rows) {
 }
 
 // eᵀ·√T·e for the first unit vector e and the tridiagonal T of a Lanczos run.
-double quadrature(const Kernels& kernels, Scratch& scratch, const std::array<Sums, kSteps>& diagonal,
+double quadrature(const Kernels& kernels, ThreadPool& pool, const std::array<Sums, kSteps>& diagonal,
                   const std::array<Sums, kSteps>& beside, std::size_t probe) {
   std::vector<double> matrix(kSteps * kSteps), values(kSteps), vectors(kSteps * kSteps);
   for (std::size_t j = 0; j < kSteps; ++j) {
     matrix[j * kSteps + j] = diagonal[j][probe];
     if (j > 0) matrix[j * kSteps + j - 1] = beside[j - 1][probe];
   }
-  if (!lapack::largest_eigenpairs(kernels, scratch, kSteps, matrix.data(), kSteps, values.data(), vectors.data())) {
+  if (!largest_eigenpairs(kernels, pool, kSteps, matrix.data(), kSteps, values.data(), vectors.data())) {
     throw std::runtime_error("LAPACK stedc did not converge");
   }
   double sum = 0;
@@ -264,7 +265,7 @@ double estimate_nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Wei
   // The probes estimate the sum of squares, too, which is known: they err alike in both.
   double sum = 0, squares = 0;
   for (std::size_t c = 0; c < kProbes; ++c) {
-    sum += quadrature(kernels, pool.scratch(), diagonal, beside, c);
+    sum += quadrature(kernels, pool, diagonal, beside, c);
     squares += diagonal[0][c];
   }
   const double each = static_cast<double>(rows) / kProbes;
@@ -280,7 +281,7 @@ NuclearNorm nuclear_norm(const Kernels& kernels, ThreadPool& pool, const Weight&
 std::size_t nuclear_norm_workspace_bytes(const Weight& weight, unsigned threads, std::size_t zeros) {
   const std::size_t small = std::min(weight.rows, weight.cols);
   if (small <= kExactSide) {
-    const std::size_t full = lapack::reduced_stride(small);
+    const std::size_t full = reduced_stride(small);
     const std::size_t filling =
         Scratch::rounded(sizeof(float) * small * zeros) + Scratch::rounded(sizeof(float) * zeros * zeros);
     return std::max(small_gram_workspace_bytes(weight),

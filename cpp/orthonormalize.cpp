@@ -61,13 +61,15 @@ struct Candidate {
         std::copy_n(z + begin * k, rows * k, out);
       }
       if (components) components->add_product(block + begin * stride - q, stride, rows, out, k);
-      round_rows(out, begin, rows);
+      round_to(kernels, out, rows, k, block + begin * stride, stride);
     });
     std::swap(z, spare);
   }
 
   void round() {
-    for_row_ranges([&](std::size_t begin, std::size_t rows) { round_rows(z + begin * k, begin, rows); });
+    for_row_ranges([&](std::size_t begin, std::size_t rows) {
+      round_to(kernels, z + begin * k, rows, k, block + begin * stride, stride);
+    });
   }
 
   // [the q columns before it, block]ᵀ·block, (q + k) × k.
@@ -82,10 +84,6 @@ struct Candidate {
       const std::size_t begin = index * kRowsPerProduct;
       task(begin, std::min(kRowsPerProduct, n - begin));
     });
-  }
-
-  void round_rows(const float* from, std::size_t begin, std::size_t rows) {
-    for (std::size_t i = 0; i < rows; ++i) round_to(kernels, from + i * k, block + (begin + i) * stride, k);
   }
 
   const Kernels& kernels;

@@ -51,11 +51,15 @@ Element to_element(float value) {
   }
 }
 
-// dst[i] = src[i], rounded to the element.
-inline void round_to(const Kernels& kernels, const float* src, std::uint16_t* dst, std::size_t count) {
-  kernels.bf16->narrow(src, dst, count);
+// dst = src (rows × columns, contiguous), rounded to the element, its rows `stride` apart.
+inline void round_to(const Kernels& kernels, const float* src, std::size_t rows, std::size_t columns,
+                     std::uint16_t* dst, std::size_t stride) {
+  kernels.bf16->narrow(src, rows, columns, dst, stride);
 }
-inline void round_to(const Kernels&, const float* src, float* dst, std::size_t count) { std::copy_n(src, count, dst); }
+inline void round_to(const Kernels&, const float* src, std::size_t rows, std::size_t columns, float* dst,
+                     std::size_t stride) {
+  for (std::size_t i = 0; i < rows; ++i) std::copy_n(src + i * columns, columns, dst + i * stride);
+}
 
 // [row / depth][column][depth], zero past the last row. `columns` is a multiple of 16.
 inline void pack(const Kernels& kernels, const std::uint16_t* src, std::size_t stride, std::size_t rows,

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "eigenpairs.hpp"
 #include "lapack.hpp"
 
 namespace pissa {
@@ -84,7 +85,7 @@ RitzTriplets solve(const Kernels& kernels, ThreadPool& pool, const Buffer<T>& m,
   const std::size_t found = std::min(rank, k);
   std::vector<double> values(rank, 0.0);
   Buffer<T> vectors(pool.scratch(), k * found);
-  if (!lapack::largest_eigenpairs(kernels, pool.scratch(), k, m.data(), found, values.data(), vectors.data())) {
+  if (!largest_eigenpairs(kernels, pool, k, m.data(), found, values.data(), vectors.data())) {
     throw std::runtime_error("LAPACK stedc did not converge");
   }
   return triplets_of(m, k, rank, block, values, vectors);

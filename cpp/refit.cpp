@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "clock.hpp"
+#include "eigenpairs.hpp"
 #include "lapack.hpp"
 #include "norms.hpp"
 #include "orthonormalize.hpp"
@@ -38,7 +39,7 @@ struct Triplets {
 };
 
 // From YᵀY and ZᵀZ. None where Y's columns are dependent.
-std::optional<Triplets> triplets_of(const Kernels& kernels, Scratch& scratch, std::vector<double>& y_gram,
+std::optional<Triplets> triplets_of(const Kernels& kernels, ThreadPool& pool, std::vector<double>& y_gram,
                                     const std::vector<double>& z_gram, std::size_t rank) {
   std::vector<double> r(rank * rank), inverse(rank * rank), half(rank * rank), inner(rank * rank), vectors(rank * rank);
   if (!cholesky(rank, y_gram, r, inverse)) return std::nullopt;
@@ -47,7 +48,7 @@ std::optional<Triplets> triplets_of(const Kernels& kernels, Scratch& scratch, st
   Triplets found;
   found.squares.resize(rank);
   found.to_basis.resize(rank * rank);
-  if (!lapack::largest_eigenpairs(kernels, scratch, rank, inner.data(), rank, found.squares.data(), vectors.data()) ||
+  if (!largest_eigenpairs(kernels, pool, rank, inner.data(), rank, found.squares.data(), vectors.data()) ||
       !(found.squares.back() > 0)) {
     return std::nullopt;
   }
@@ -85,7 +86,7 @@ std::optional<Factors> follow(const Kernels& kernels, ThreadPool& pool, const Sp
     double before = 0;
     for (std::size_t i = 0; i < rank; ++i) before += y_gram[i * rank + i];
     const std::vector<double> z_gram = gram_of(kernels, pool, z, large, width, rank);
-    const std::optional<Triplets> found = triplets_of(kernels, pool.scratch(), y_gram, z_gram, rank);
+    const std::optional<Triplets> found = triplets_of(kernels, pool, y_gram, z_gram, rank);
     if (!found) return std::nullopt;
     std::vector<double> length;
     for (const double square : found->squares) length.push_back(std::sqrt(square));

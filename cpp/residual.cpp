@@ -22,7 +22,7 @@ constexpr std::size_t kMaxColumns = 64 * kStripsPerPiece;       // of a piece
 template <class Element>
 void convert(const Kernels& kernels, const float* src, double folded, Element* dst, std::size_t count) {
   if constexpr (kIsBf16<Element>) {
-    kernels.bf16->narrow(src, dst, count);
+    round_to(kernels, src, 1, count, dst, count);
   } else {
     for (std::size_t i = 0; i < count; ++i) dst[i] = static_cast<Element>(folded * static_cast<double>(src[i]));
   }

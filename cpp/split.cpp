@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 
 #include "buffer.hpp"
@@ -23,12 +24,27 @@ struct StoredFactors {
   bool finite = true;
 };
 
+// Each value as the dtype holds it.
+void round_values(const Kernels& kernels, DType dtype, Buffer<float>& values) {
+  if (dtype == DType::bf16 && kernels.bf16 != nullptr) {
+    std::uint16_t rounded[256];
+    for (std::size_t at = 0; at < values.size(); at += std::size(rounded)) {
+      const std::size_t count = std::min(std::size(rounded), values.size() - at);
+      round_to(kernels, values.data() + at, 1, count, rounded, count);
+      kernels.widen(rounded, dtype, values.data() + at, count);
+    }
+  } else if (dtype != DType::f32) {
+    for (float& value : values) value = rounded_to(dtype, value);
+  }
+}
+
 // Shares σ/s out as a square root to both sides, fixes signs, and rounds to the adapter's dtype. The largest entry of
 // each row of A is positive (the first of equals).
 //
 // The factors of a bf16 weight keep its 8 bits whatever dtype they are stored in. That costs 1e-5 of their energy,
 // which the residual takes up; the residual is then an exact product of bf16, at twice the speed of float.
-StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const Factors& factors) {
+StoredFactors store_factors(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request,
+                            const Factors& factors) {
   const std::size_t rows = request.weight.rows, cols = request.weight.cols, rank = request.rank;
   const bool transposed = request.fan_in_fan_out;
   StoredFactors stored;
@@ -53,19 +69,15 @@ StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const
     const std::size_t begin = (is_left ? task : task - left_tasks) * kPiece, count = std::min(kPiece, n - begin);
     const double* scale = (is_left ? left_scale : right_scale).data();
     Buffer<float> values(pool.scratch(), count * rank);
-    float sum = 0;  // of zeros, or NaN
     for (std::size_t j = 0; j < count; ++j) {
       const float* row = (is_left ? factors.left : factors.right).data() + (begin + j) * factors.stride;
       for (std::size_t i = 0; i < rank; ++i) {
         values[j * rank + i] = static_cast<float>(static_cast<double>(row[factors.order[i]]) * scale[i]);
       }
     }
-    for (float& value : values) {
-      if (request.weight.dtype == DType::bf16) value = rounded_to(DType::bf16, value);
-      value = rounded_to(request.adapter_dtype, value);
-      sum += value * 0.0f;
-    }
-    finite[task] = sum == 0.0f;
+    if (request.weight.dtype == DType::bf16) round_values(kernels, DType::bf16, values);
+    round_values(kernels, request.adapter_dtype, values);
+    finite[task] = std::isfinite(kernels.max_magnitude(values.data(), DType::f32, values.size()));
     const auto store = [&](bool as_columns, DType dtype, void* factor) {
       auto* place = static_cast<char*>(factor);
       if (!as_columns) return store_as(dtype, values.data(), count * rank, place + begin * rank * size_of(dtype));
@@ -87,7 +99,7 @@ StoredFactors store_factors(ThreadPool& pool, const SplitRequest& request, const
 SplitResult finish(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request, Factors factors,
                    SplitResult result, Precision precision) {
   auto phase = Clock::now();
-  const StoredFactors stored = store_factors(pool, request, factors);
+  const StoredFactors stored = store_factors(kernels, pool, request, factors);
   if (!stored.finite) throw std::domain_error("gives adapter factors that overflow the adapter's dtype");
   result.sigma = std::move(factors.sigma);
   factors = Factors{};

@@ -262,9 +262,7 @@ void Sweep<Element>::multiply_rows(std::size_t begin, std::size_t count, std::si
   if constexpr (kIsBf16<Element>) {  // whose sums are far from float's limits; x would have to be rounded again
     for (std::size_t i = 0; i < count * k; ++i) lane.sums[i] *= x_scale;
   }
-  for (std::size_t i = 0; i < count; ++i) {
-    round_to(kernels_, lane.sums.data() + i * k, y + (begin + i) * y_stride, k);
-  }
+  round_to(kernels_, lane.sums.data(), count, k, y + begin * y_stride, y_stride);
 }
 
 template <class Element>

@@ -93,7 +93,7 @@ RightFactor<Element>::RightFactor(const Kernels& kernels, ThreadPool& pool, std:
       for (std::size_t column = first; column < end; ++column) *row++ = static_cast<float>(b[column * p + i]);
     }
   }
-  round_to(kernels, values.data(), rows.data(), p * width_);
+  round_to(kernels, values.data(), p, width_, rows.data(), width_);
   for (std::size_t group = 0; group < groups.count; ++group) {
     pack(kernels, rows.data() + groups.begin(group), width_, p, groups.size(group),
          packed_.data() + p * groups.begin(group));

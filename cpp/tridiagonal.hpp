@@ -10,12 +10,15 @@
 #include <numeric>
 #include <vector>
 
+#include "thread_pool.hpp"
+
 namespace pissa {
 
 // The `count` largest eigenvalues, ascending, of the matrix with this diagonal (n) and what is beside it (n − 1), to
 // the precision of T at its norm. Bisection by Sturm's counts (Givens 1954).
 template <class T>
-std::vector<T> largest_by_bisection(std::size_t n, const T* diagonal, const T* beside, std::size_t count) {
+std::vector<T> largest_by_bisection(ThreadPool& pool, std::size_t n, const T* diagonal, const T* beside,
+                                    std::size_t count) {
   constexpr std::size_t kLanes = 16;
   const auto radius = [&](std::size_t i) {
     return (i > 0 ? std::abs(beside[i - 1]) : T{0}) + (i + 1 < n ? std::abs(beside[i]) : T{0});
@@ -30,7 +33,8 @@ std::vector<T> largest_by_bisection(std::size_t n, const T* diagonal, const T* b
   // So small that it stands for zero beside any square.
   const T tiny = std::max(std::numeric_limits<T>::min(), std::numeric_limits<T>::epsilon() * (high - low));
   std::vector<T> values(count);
-  for (std::size_t first = 0; first < count; first += kLanes) {
+  pool.run((count + kLanes - 1) / kLanes, [&](std::size_t group) {
+    const std::size_t first = group * kLanes;
     std::array<T, kLanes> below, above;
     below.fill(low);
     above.fill(high);
@@ -52,7 +56,7 @@ std::vector<T> largest_by_bisection(std::size_t n, const T* diagonal, const T* b
       }
     }
     for (std::size_t j = first; j < std::min(count, first + kLanes); ++j) values[j] = above[j - first];
-  }
+  });
   return values;
 }
 
@@ -150,8 +154,8 @@ T dot(const T* a, const T* b, std::size_t n) {
 // The vectors (n × count, orthonormal) of eigenvalues that largest_by_bisection found, by inverse iteration. False
 // where some lie too close together for it.
 template <class T>
-bool vectors_by_inverse_iteration(std::size_t n, const T* diagonal, const T* beside, const std::vector<T>& values,
-                                  T* vectors) {
+bool vectors_by_inverse_iteration(ThreadPool& pool, std::size_t n, const T* diagonal, const T* beside,
+                                  const std::vector<T>& values, T* vectors) {
   constexpr T kEpsilon = std::numeric_limits<T>::epsilon();
   constexpr T kTooLarge = 100 * kEpsilon;  // a residual
   constexpr T kTooSmall = T(0.1);          // what vectors before it leave of one
@@ -162,37 +166,41 @@ bool vectors_by_inverse_iteration(std::size_t n, const T* diagonal, const T* bes
   std::vector<T> d(n), e(n);
   for (std::size_t i = 0; i < n; ++i) d[i] = diagonal[i] / norm;
   for (std::size_t i = 0; i + 1 < n; ++i) e[i] = beside[i] / norm;
-  std::vector<typename ShiftedMatrices<T>::Lanes> x(n);
-  for (std::size_t first = 0; first < values.size(); first += kSideBySide) {
-    typename ShiftedMatrices<T>::Lanes shifts;
-    for (std::size_t j = 0; j < kSideBySide; ++j) shifts[j] = values[std::min(first + j, values.size() - 1)] / norm;
+  pool.run((values.size() + kSideBySide - 1) / kSideBySide, [&](std::size_t group) {
+    using Lanes = typename ShiftedMatrices<T>::Lanes;
+    const std::size_t first = group * kSideBySide, end = std::min(values.size(), first + kSideBySide);
+    Lanes shifts;
+    for (std::size_t j = 0; j < kSideBySide; ++j) shifts[j] = values[std::min(first + j, end - 1)] / norm;
     const ShiftedMatrices<T> matrices(n, d.data(), e.data(), shifts, kEpsilon);
-    for (auto& row : x) row.fill(T{1});
+    std::vector<Lanes> x(n);
+    for (Lanes& row : x) row.fill(T{1});
     matrices.substitute(x);
     for (int step = 0; step < 2; ++step) {
       matrices.eliminate(x);
       matrices.substitute(x);
     }
-    for (std::size_t j = first; j < std::min(values.size(), first + kSideBySide); ++j) {
-      T* vector = vectors + j * n;
-      for (std::size_t i = 0; i < n; ++i) vector[i] = x[i][j - first];
-      for (std::size_t before = 0; before < j; ++before) {
-        const T* other = vectors + before * n;
-        const T along = dot(vector, other, n);
-        if (std::abs(along) < kEpsilon) continue;
-        for (std::size_t i = 0; i < n; ++i) vector[i] -= along * other[i];
-      }
-      const T length = std::sqrt(dot(vector, vector, n));
-      if (!(length > kTooSmall)) return false;
-      T residual = 0;
-      for (std::size_t i = 0; i < n; ++i) vector[i] /= length;
-      for (std::size_t i = 0; i < n; ++i) {
-        const T image =
-            d[i] * vector[i] + (i > 0 ? e[i - 1] * vector[i - 1] : T{0}) + (i + 1 < n ? e[i] * vector[i + 1] : T{0});
-        residual = std::max(residual, std::abs(image - shifts[j - first] * vector[i]));
-      }
-      if (!(residual < kTooLarge)) return false;
+    for (std::size_t j = first; j < end; ++j) {
+      for (std::size_t i = 0; i < n; ++i) vectors[j * n + i] = x[i][j - first];
     }
+  });
+  for (std::size_t j = 0; j < values.size(); ++j) {
+    T* vector = vectors + j * n;
+    for (std::size_t before = 0; before < j; ++before) {
+      const T* other = vectors + before * n;
+      const T along = dot(vector, other, n);
+      if (std::abs(along) < kEpsilon) continue;
+      for (std::size_t i = 0; i < n; ++i) vector[i] -= along * other[i];
+    }
+    const T length = std::sqrt(dot(vector, vector, n));
+    if (!(length > kTooSmall)) return false;
+    T residual = 0;
+    for (std::size_t i = 0; i < n; ++i) vector[i] /= length;
+    for (std::size_t i = 0; i < n; ++i) {
+      const T image =
+          d[i] * vector[i] + (i > 0 ? e[i - 1] * vector[i - 1] : T{0}) + (i + 1 < n ? e[i] * vector[i + 1] : T{0});
+      residual = std::max(residual, std::abs(image - values[j] / norm * vector[i]));
+    }
+    if (!(residual < kTooLarge)) return false;
   }
   return true;
 }

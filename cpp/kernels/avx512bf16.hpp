@@ -63,10 +63,12 @@ void pack_pairs(const std::uint16_t* src, std::size_t stride, std::size_t rows, 
   }
 }
 
-void narrow(const float* src, std::uint16_t* dst, std::size_t count) {
-  for (std::size_t i = 0; i < count; i += 16) {
-    const __mmask16 lanes = first_lanes(count - i);
-    _mm256_mask_storeu_epi16(dst + i, lanes, round_half(_mm512_maskz_loadu_ps(lanes, src + i), DType::bf16));
+void narrow(const float* src, std::size_t rows, std::size_t columns, std::uint16_t* dst, std::size_t stride) {
+  for (; rows > 0; --rows, src += columns, dst += stride) {
+    for (std::size_t i = 0; i < columns; i += 16) {
+      const __mmask16 lanes = first_lanes(columns - i);
+      _mm256_mask_storeu_epi16(dst + i, lanes, round_half(_mm512_maskz_loadu_ps(lanes, src + i), DType::bf16));
+    }
   }
 }
 

@@ -57,8 +57,8 @@ struct TileNorms {
 // For instruction sets that multiply pairs of bf16.
 struct Bf16Kernels {
   Tile tile;
-  // dst[i] = src[i] as bf16, to nearest even.
-  void (*narrow)(const float* src, std::uint16_t* dst, std::size_t count);
+  // dst = src (rows × columns, contiguous) as bf16, to nearest even, its rows `stride` apart.
+  void (*narrow)(const float* src, std::size_t rows, std::size_t columns, std::uint16_t* dst, std::size_t stride);
   // The same of a weight's values times `scale`; denormals may become zero. bf16 itself is not scaled.
   void (*round_weight)(const void* src, DType dtype, float scale, std::uint16_t* dst, std::size_t count);
   // A row of float as its bits rounded to 16, halves away from zero, and after them the differences; and back. `rest`

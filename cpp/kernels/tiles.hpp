@@ -187,11 +187,14 @@ void transposed_tile(const typename Op::Element* a, std::size_t a_step, const ty
   for (std::size_t i = 0; i < Rows; ++i) {
     sum[i][0] = Op::load_sum(c + i * c_row);
     sum[i][1] = Op::load_sum(c + i * c_row + Op::kWidth);
-    fetch(c + i * c_row + kWide, kWide * sizeof *c);
   }
+  typename Op::Sum* wanted = c + kWide;
+  const typename Op::Sum* const beyond = wanted + a_step / Op::kDepth * c_row;
   const auto step = [&](const typename From::Element* next) {
     typename Op::Operand column[2];
     if constexpr (First) {
+      if (wanted < beyond) fetch(wanted, kWide * sizeof *c);
+      wanted += c_row;
       for (std::size_t d = 0; d < Op::kDepth; ++d) fetch(b + d * b_row + kWide, kWide * sizeof *b);
       load_columns<Op, From>(b, next, column);
       Op::store(strip, column[0]);
@@ -234,15 +237,18 @@ void add_transposed(const void* a_begin, std::size_t k, const void* b_begin, std
   const auto* a = static_cast<const typename Op::Element*>(a_begin);
   const auto* b = static_cast<const typename From::Element*>(b_begin);
   auto* c = static_cast<typename Op::Sum*>(c_begin);
-  const std::size_t groups = (k + Rows - 1) / Rows;
+  // The first tile has the more to do for each vector of B: of as many rows as there are registers for, it hides that.
+  const std::size_t first = k < Rows ? k : Rows, others = (k - first + Rows - 1) / Rows;
   for (std::size_t done = 0; done < rows; done += kMaxTransposedRows) {
     const std::size_t count = rows - done < kMaxTransposedRows ? rows - done : kMaxTransposedRows;
     for (std::size_t j = 0; j < columns; j += kWide) {
-      for (std::size_t group = 0; group < groups; ++group) {
-        const std::size_t begin = k * group / groups, end = k * (group + 1) / groups;
-        const auto tile = (group == 0 ? kFirst : kOther)[end - begin - 1];
-        tile(a + done * k + begin * Op::kDepth, k * Op::kDepth, b + done * b_row + j, b_row, count, strip,
-             c + begin * c_row + j, c_row);
+      const auto multiply = [&](const auto& tiles, std::size_t begin, std::size_t end) {
+        tiles[end - begin - 1](a + done * k + begin * Op::kDepth, k * Op::kDepth, b + done * b_row + j, b_row, count,
+                               strip, c + begin * c_row + j, c_row);
+      };
+      multiply(kFirst, 0, first);
+      for (std::size_t i = 0; i < others; ++i) {
+        multiply(kOther, first + (k - first) * i / others, first + (k - first) * (i + 1) / others);
       }
     }
   }

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "lapack.hpp"
+#include "eigenpairs.hpp"
 #include "matrices.hpp"
 
 using namespace pissa;
@@ -57,15 +57,16 @@ void make(Kind kind, std::size_t n, double scale, std::vector<T>& d, std::vector
 template <class T>
 bool check(Kind kind, std::size_t n, std::size_t count, double scale) {
   const char* name = kNames[static_cast<int>(kind)];
+  ThreadPool pool(2);
   std::vector<T> d(n), e(n), z(n * n);
   make(kind, n, scale, d, e);
-  const std::vector<T> values = largest_by_bisection(n, d.data(), e.data(), count);
-  const bool by_inverse_iteration = vectors_by_inverse_iteration(n, d.data(), e.data(), values, z.data());
+  const std::vector<T> values = largest_by_bisection(pool, n, d.data(), e.data(), count);
+  const bool by_inverse_iteration = vectors_by_inverse_iteration(pool, n, d.data(), e.data(), values, z.data());
   std::vector<T> found = d, destroyed = e;
-  CHECK(lapack::solve_tridiagonal(n, count, found.data(), destroyed.data(), z.data()), "%s", name);
+  CHECK(solve_tridiagonal(pool, n, count, found.data(), destroyed.data(), z.data()), "%s", name);
   std::vector<T> all = d, other(n * n);
   destroyed = e;
-  CHECK(lapack::solve_tridiagonal(n, n, all.data(), destroyed.data(), other.data()), "%s", name);
+  CHECK(solve_tridiagonal(pool, n, n, all.data(), destroyed.data(), other.data()), "%s", name);
   const auto at = [&](std::size_t i, std::size_t j) { return static_cast<double>(z[(n - count + j) * n + i]); };
   double off = 0, residual = 0, angle = 0, norm = 0;
   for (const T value : all) norm = std::max(norm, std::fabs(static_cast<double>(value)));
@@ -147,7 +148,7 @@ std::vector<double> symmetric(Shape shape, std::size_t n) {
 }
 
 void check_reduction(const Kernels& kernels, Shape shape, std::size_t n, double scale) {
-  Scratch scratch;
+  ThreadPool pool(2);
   std::vector<double> exact = symmetric(shape, n), values(n), expected(n), exact_vectors(n * n);
   std::vector<float> a(n * n), lower(n * n), vectors(n * n), d(n), e(n);
   double norm = 0;
@@ -161,12 +162,12 @@ void check_reduction(const Kernels& kernels, Shape shape, std::size_t n, double 
     for (std::size_t i = 0; i < n; ++i) (i > j ? a : lower)[j * n + i] = i == j ? a[j * n + i] : 1e30f;
   }
   norm *= static_cast<double>(n);
-  CHECK(lapack::largest_eigenpairs(kernels, scratch, n, exact.data(), n, expected.data(), exact_vectors.data()) &&
-            lapack::largest_eigenpairs(kernels, scratch, n, a.data(), n, values.data(), vectors.data()) &&
-            lapack::tridiagonalize(kernels, scratch, n, lower.data(), d.data(), e.data()),
+  CHECK(largest_eigenpairs(kernels, pool, n, exact.data(), n, expected.data(), exact_vectors.data()) &&
+            largest_eigenpairs(kernels, pool, n, a.data(), n, values.data(), vectors.data()) &&
+            tridiagonalize(kernels, pool.scratch(), n, lower.data(), d.data(), e.data()),
         "%s %zu: failed", kernels.name, n);
   std::vector<double> wide_d(d.begin(), d.end()), wide_e(e.begin(), e.end()), z(n * n);
-  CHECK(lapack::solve_tridiagonal(n, n, wide_d.data(), wide_e.data(), z.data()), "%s %zu: failed", kernels.name, n);
+  CHECK(solve_tridiagonal(pool, n, n, wide_d.data(), wide_e.data(), z.data()), "%s %zu: failed", kernels.name, n);
   double off = 0, residual = 0, angle = 0;
   for (std::size_t j = 0; j < n; ++j) {
     off = std::max(off, std::fabs(values[j] / scale - expected[j]));
@@ -188,12 +189,12 @@ void check_reduction(const Kernels& kernels, Shape shape, std::size_t n, double 
 }
 
 void check_infinite(const Kernels& kernels) {
-  Scratch scratch;
+  ThreadPool pool(2);
   std::vector<float> a(9, 1.0f), vectors(9);
   std::vector<double> values(3);
   a[3] = std::numeric_limits<float>::infinity();
-  CHECK(!lapack::largest_eigenpairs(kernels, scratch, 3, a.data(), 3, values.data(), vectors.data()),
-        "%s takes infinity", kernels.name);
+  CHECK(!largest_eigenpairs(kernels, pool, 3, a.data(), 3, values.data(), vectors.data()), "%s takes infinity",
+        kernels.name);
 }
 
 }  // namespace
