@@ -5,7 +5,8 @@
 
 Peer: what PEFT does for `pissa_niter_N`: W.float(), torch.svd_lowrank(q=r, niter=N), scale, residual, cast back.
 Ours: `--passes auto`, bytes of W in, bytes of W_res, A and B out. Both on the same matrices, interleaved, medians:
-PEFT's in a tensor of torch's, ours in memory of the kind that the engine reads into (huge pages).
+PEFT's in tensors of torch's, ours in memory of the kind that the engine reads into and writes from (huge pages, used
+before).
 Deficit: the share of the best rank-r energy that the factors do not capture; ours from A and B as stored,
 1 − (‖W‖² − ‖W − sBA‖²)/Σσ² in double, the peer's from its singular values before they are rounded.
 
@@ -106,7 +107,8 @@ class Ours:
             rows, cols = weight.shape
             spec = SplitSpec(rows, cols, CODES[weight.dtype], rank, 1.0, "F32", False, None, tensor_key(0, "benchmark"))
             raw = like_the_engine(weight).view(torch.int16 if weight.itemsize == 2 else torch.int32).numpy()
-            work.append((spec, raw, torch.empty(spec.a_shape).numpy(), torch.empty(spec.b_shape).numpy()))
+            a, b = (like_the_engine(torch.empty(shape)).numpy() for shape in (spec.a_shape, spec.b_shape))
+            work.append((spec, raw, a, b))
         time.sleep(0.02)  # torch's threads spin for a while after its last operation: they would hold our CPUs
         started = time.perf_counter()
         if len(work) == 1:

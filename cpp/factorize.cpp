@@ -67,6 +67,23 @@ constexpr double kDrowned = 0x1p-7;
 // Share of the energy that a weight's triplets lose by its rounding to bf16, at most.
 constexpr double kFaithful = 2e-5;
 
+// Krylov methods converge the faster the further they are: each pass gains by so much more than the one before.
+constexpr double kAcceleration = 0.9;
+
+// A check costs as much as a pass or two: the next is where the estimate will have come down, but not far ahead, as
+// single passes gain more or less than those around them.
+std::size_t passes_ahead(std::size_t passes, const RitzTriplets& ritz) {
+  const std::size_t limit = std::max<std::size_t>(3, (passes + 1) / 2);
+  double estimate = ritz.estimated_deficit, ratio = ritz.convergence;
+  std::size_t ahead = 0;
+  while (ahead < limit && estimate > kTargetDeficit) {
+    ratio *= kAcceleration;
+    estimate *= ratio;
+    ++ahead;
+  }
+  return ahead;
+}
+
 // The triplets that a Krylov basis holds. X is orthonormal up to its rounding only, and so X·v is not quite of length
 // one: W·(X·v) = σ·u holds as it is, and for the direction of X·v, σ is less by that length.
 template <class Element>
@@ -147,12 +164,7 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     if (rounded && request.precise && alike) return start_over();
     if (rounded && ritz.estimated_deficit < kFaithful) return start_over();
     if (ritz.estimated_deficit <= kTargetDeficit || basis.exhausted || basis.passes == schedule.max_passes) break;
-    // A check costs as much as a pass or two: the next is where the estimate will have come down, but not far ahead, as
-    // single passes gain more or less than those around them.
-    const double factor = std::log(ritz.estimated_deficit / kTargetDeficit) / -std::log(ritz.convergence);
-    const double limit = std::max(3.0, std::ceil(static_cast<double>(basis.passes) / 2));
-    const double ahead = ritz.convergence < 1 ? std::clamp(std::ceil(0.9 * factor), 1.0, limit) : limit;
-    next = std::min(schedule.max_passes, basis.passes + static_cast<std::size_t>(ahead));
+    next = std::min(schedule.max_passes, basis.passes + passes_ahead(basis.passes, ritz));
   }
   start = Clock::now();
   result.passes = basis.passes;

@@ -29,6 +29,9 @@ _PRECISE = 2e-2
 _DROWNED = 2**-7
 """Of σ₁: what products of vectors rounded to bfloat16 do not tell from their rounding."""
 
+_ACCELERATION = 0.9
+"""Each pass reduces the estimate by so much more than the one before; see cpp/factorize.cpp."""
+
 _SMALL_NORM, _LARGE_NORM = 1e-15, 1e15
 """Of the sketch: between them, float32's products and squares stay in range."""
 
@@ -120,10 +123,12 @@ class _Krylov:
 
     def _ahead(self, deficit: float, convergence: float) -> int:
         """Passes to the next check: where the estimate will have come down, but not far ahead."""
-        limit = max(3, -(-self._passes // 2))
-        if convergence >= 1:
-            return limit
-        return min(max(math.ceil(0.9 * math.log(deficit / TARGET_DEFICIT) / -math.log(convergence)), 1), limit)
+        limit, ahead = max(3, -(-self._passes // 2)), 0
+        while ahead < limit and deficit > TARGET_DEFICIT:
+            convergence *= _ACCELERATION
+            deficit *= convergence
+            ahead += 1
+        return ahead
 
     def _start(self) -> torch.Tensor | None:
         """The first block, with W's exponent set; None where W is zero, or out of range for `element`."""
