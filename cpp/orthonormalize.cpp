@@ -55,8 +55,7 @@ struct Candidate {
     for_row_ranges([&](std::size_t begin, std::size_t rows) {
       float* out = spare + begin * k;
       if (triangle) {
-        std::fill_n(out, rows * k, 0.0f);
-        triangle->add_product(z + begin * k, k, rows, out, k);
+        triangle->set_product(z + begin * k, k, rows, out, k);
       } else {
         std::copy_n(z + begin * k, rows * k, out);
       }

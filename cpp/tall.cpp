@@ -80,8 +80,8 @@ void exact_cross_product(ThreadPool& pool, std::size_t n, const float* a, std::s
 template <class Element>
 RightFactor<Element>::RightFactor(const Kernels& kernels, ThreadPool& pool, std::size_t p, const double* b,
                                   std::size_t q)
-    : kernels_(kernels), p_(p), width_(round_up(q, 16)), packed_(pool.scratch(), p * width_) {
-  const Groups groups(width_, tile_for<Element>(kernels));
+    : tile_(tile_for<Element>(kernels)), p_(p), width_(round_up(q, 16)), packed_(pool.scratch(), p * width_) {
+  const Groups groups(width_, tile_);
   Buffer<float> values(pool.scratch(), p * width_);  // row-major
   Buffer<Element> rows(pool.scratch(), p * width_);
   constexpr std::size_t kTurned = 16;  // columns at a time
@@ -101,13 +101,12 @@ RightFactor<Element>::RightFactor(const Kernels& kernels, ThreadPool& pool, std:
 }
 
 template <class Element>
-void RightFactor<Element>::add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c,
-                                       std::size_t c_stride) const {
-  const Tile& tile = tile_for<Element>(kernels_);
-  const Groups groups(width_, tile);
+void RightFactor<Element>::multiply(StripFunction function, const Element* a, std::size_t a_stride, std::size_t rows,
+                                    float* c, std::size_t c_stride) const {
+  const Groups groups(width_, tile_);
   for (std::size_t group = 0; group < groups.count; ++group) {
-    tile.accumulate(a, a_stride, tile.depth, packed_.data() + p_ * groups.begin(group), p_ / tile.depth,
-                    c + groups.begin(group), c_stride, rows, groups.vectors_of(group));
+    function(a, a_stride, tile_.depth, packed_.data() + p_ * groups.begin(group), p_ / tile_.depth,
+             c + groups.begin(group), c_stride, rows, groups.vectors_of(group));
   }
 }
 
@@ -119,8 +118,7 @@ Buffer<float> multiply(const Kernels& kernels, ThreadPool& pool, std::size_t n, 
   Buffer<float> c(pool.scratch(), n * width);
   pool.run((n + kRowsPerProduct - 1) / kRowsPerProduct, [&](std::size_t task) {
     const std::size_t begin = task * kRowsPerProduct, rows = std::min(kRowsPerProduct, n - begin);
-    std::fill_n(c.data() + begin * width, rows * width, 0.0f);
-    factor.add_product(a + begin * a_stride, a_stride, rows, c.data() + begin * width, width);
+    factor.set_product(a + begin * a_stride, a_stride, rows, c.data() + begin * width, width);
   });
   return c;
 }
@@ -136,8 +134,7 @@ Buffer<float> multiply_widened(const Kernels& kernels, ThreadPool& pool, std::si
     for (std::size_t i = 0; i < rows; ++i) {
       kernels.widen(a + (begin + i) * a_stride, DType::bf16, wide.data() + i * p, p);
     }
-    std::fill_n(c.data() + begin * width, rows * width, 0.0f);
-    factor.add_product(wide.data(), p, rows, c.data() + begin * width, width);
+    factor.set_product(wide.data(), p, rows, c.data() + begin * width, width);
   });
   return c;
 }

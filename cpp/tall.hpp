@@ -32,11 +32,19 @@ class RightFactor {
   RightFactor(const Kernels& kernels, ThreadPool& pool, std::size_t p, const double* b, std::size_t q);
   std::size_t width() const { return width_; }
 
-  // c (rows × width) += a·b for a (rows × p).
-  void add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c, std::size_t c_stride) const;
+  // c (rows × width) = a·b, or c += a·b, for a (rows × p).
+  void set_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c, std::size_t c_stride) const {
+    multiply(tile_.assign, a, a_stride, rows, c, c_stride);
+  }
+  void add_product(const Element* a, std::size_t a_stride, std::size_t rows, float* c, std::size_t c_stride) const {
+    multiply(tile_.accumulate, a, a_stride, rows, c, c_stride);
+  }
 
  private:
-  const Kernels& kernels_;
+  void multiply(StripFunction function, const Element* a, std::size_t a_stride, std::size_t rows, float* c,
+                std::size_t c_stride) const;
+
+  const Tile& tile_;
   std::size_t p_, width_;
   Buffer<Element> packed_;  // [group][step][column][depth]
 };
