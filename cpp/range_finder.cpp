@@ -17,6 +17,9 @@ namespace {
 constexpr double kSmallNorm = 1e-15;
 constexpr double kLargeNorm = 1e15;
 
+// Columns of Y's Gram matrix at a time: more would fill too much of what is known by symmetry.
+constexpr std::size_t kGramColumns = 48;
+
 // Rows must not be whole pages apart: the columns of a tile would fall into the same few lines of the cache.
 std::size_t stride_for(std::size_t block, std::size_t max_passes) {
   const std::size_t columns = round_up(block * max_passes, 32);
@@ -124,18 +127,19 @@ template <class Element>
 Buffer<double> RangeFinder<Element>::gram(bool exact) {
   const std::size_t k = basis_.columns(), block = basis_.block, ld = max_columns();
   std::vector<double> product;
-  for (std::size_t at = gram_columns_; at < k; at += block) {
-    const Element* columns = y_.data() + at;
-    product.resize((at + block) * block);
+  for (std::size_t begin = gram_columns_, end = begin; begin < k; begin = end) {
+    end = std::min(k, begin + kGramColumns);
+    const std::size_t count = end - begin;
+    const Element* columns = y_.data() + begin;
+    product.resize(end * count);
     if constexpr (!kIsBf16<Element>) {
-      if (exact)
-        exact_cross_product(pool_, weight_.rows, y_.data(), at + block, columns, block, stride_, product.data());
+      if (exact) exact_cross_product(pool_, weight_.rows, y_.data(), end, columns, count, stride_, product.data());
     }
     if (!exact) {
-      cross_product(kernels_, pool_, weight_.rows, y_.data(), at + block, columns, block, stride_, product.data());
+      cross_product(kernels_, pool_, weight_.rows, y_.data(), end, columns, count, stride_, product.data());
     }
-    for (std::size_t c = 0; c < block; ++c) {
-      std::copy_n(product.data() + c * (at + block), at + block, gram_.data() + (at + c) * ld);
+    for (std::size_t c = 0; c < count; ++c) {
+      std::copy_n(product.data() + c * end, end, gram_.data() + (begin + c) * ld);
     }
   }
   gram_columns_ = k;
