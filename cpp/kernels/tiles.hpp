@@ -176,7 +176,8 @@ constexpr std::size_t kMaxTransposedRows = 128;  // of B at a time
 
 // Rows of C that are two vectors wide: B's rows are the vectors, A's elements are broadcast. The first tile of a strip
 // leaves B's vectors in `strip` for the others: rows of B often lie a power of two apart, where the first-level cache
-// holds but eight of them. It asks for the next strip, too: with so many rows the CPU does not foresee that by itself.
+// holds but eight of them. It asks for the next strip, too, a row of C at a step: with so many rows the CPU does not
+// foresee that by itself.
 template <class Op, class From, std::size_t Rows, bool First>
 void transposed_tile(const typename Op::Element* a, std::size_t a_step, const typename From::Element* b,
                      std::size_t b_row, std::size_t rows, typename Op::Element* strip, typename Op::Sum* c,
@@ -193,8 +194,10 @@ void transposed_tile(const typename Op::Element* a, std::size_t a_step, const ty
   const auto step = [&](const typename From::Element* next) {
     typename Op::Operand column[2];
     if constexpr (First) {
-      if (wanted < beyond) fetch(wanted, kWide * sizeof *c);
-      wanted += c_row;
+      if (wanted < beyond) {
+        fetch(wanted, kWide * sizeof *c);
+        wanted += c_row;
+      }
       for (std::size_t d = 0; d < Op::kDepth; ++d) fetch(b + d * b_row + kWide, kWide * sizeof *b);
       load_columns<Op, From>(b, next, column);
       Op::store(strip, column[0]);
