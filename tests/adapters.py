@@ -1,4 +1,4 @@
-"""LoRA folders to order, and what they mean, in float64 by numpy."""
+"""Adapter folders to order, and what they mean, in float64 by numpy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import small_model, write_model
 from safetensors.torch import load_file, save_file
+
+from pissa_convert import convert
 
 PREFIX = "base_model.model."
 SHAPES = {"model.layers.0.self_attn.q_proj": (40, 24), "model.layers.0.mlp.down_proj": (24, 56)}
@@ -77,3 +80,29 @@ def product(pairs: Factors, module: str, scaling: float = 1.0) -> np.ndarray[Any
 def distance(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
     """Relative, in the Frobenius norm."""
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def lora_for(model: dict[str, torch.Tensor], rank: int = 4, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Factors for every projection of a model."""
+    generator = torch.Generator().manual_seed(seed)
+    return tensors_of(
+        {
+            name.removesuffix(".weight"): (
+                0.05 * torch.randn(rank, tensor.shape[1], generator=generator),
+                torch.randn(tensor.shape[0], rank, generator=generator),
+            )
+            for name, tensor in model.items()
+            if name.endswith("_proj.weight")
+        }
+    )
+
+
+def splits(tmp_path: Path) -> tuple[Path, Path, Path, Path]:
+    """A model, its split, an adapter trained on the residual, and the LoRA made of it."""
+    source = write_model(tmp_path / "model", small_model(), 2)
+    convert(source, tmp_path / "split", rank=4)
+    init = load_file(tmp_path / "split" / "pissa_init" / "adapter_model.safetensors")
+    moved = {name: tensor + 0.01 * tensor.std() * torch.randn_like(tensor) for name, tensor in init.items()}
+    write(tmp_path / "trained", moved)
+    convert(tmp_path / "trained", tmp_path / "lora", "lora", init=tmp_path / "split")
+    return source, tmp_path / "split", tmp_path / "trained", tmp_path / "lora"
