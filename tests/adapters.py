@@ -82,6 +82,16 @@ def distance(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
+def trained_pair(folder: Path) -> tuple[Path, Path]:
+    """TRAINED and INIT, of rank 4 at scaling 1."""
+    start = factors(4)
+    return write(folder / "trained", tensors_of(moved(start))), write(folder / "init", tensors_of(start))
+
+
+def to_lora(pair: tuple[Path, Path], dest: Path, **options: Any) -> Any:
+    return convert(pair[0], dest, "lora", init=pair[1], **options)
+
+
 def lora_for(model: dict[str, torch.Tensor], rank: int = 4, seed: int = 3) -> dict[str, torch.Tensor]:
     """Factors for every projection of a model."""
     generator = torch.Generator().manual_seed(seed)
@@ -97,12 +107,16 @@ def lora_for(model: dict[str, torch.Tensor], rank: int = 4, seed: int = 3) -> di
     )
 
 
+def to_merged(source: Path, dest: Path, adapter: Path, **options: Any) -> Any:
+    return convert(source, dest, "merged", adapter=adapter, **options)
+
+
 def splits(tmp_path: Path) -> tuple[Path, Path, Path, Path]:
     """A model, its split, an adapter trained on the residual, and the LoRA made of it."""
     source = write_model(tmp_path / "model", small_model(), 2)
     convert(source, tmp_path / "split", rank=4)
     init = load_file(tmp_path / "split" / "pissa_init" / "adapter_model.safetensors")
-    moved = {name: tensor + 0.01 * tensor.std() * torch.randn_like(tensor) for name, tensor in init.items()}
-    write(tmp_path / "trained", moved)
+    trained = {name: tensor + 0.01 * tensor.std() * torch.randn_like(tensor) for name, tensor in init.items()}
+    write(tmp_path / "trained", trained)
     convert(tmp_path / "trained", tmp_path / "lora", "lora", init=tmp_path / "split")
     return source, tmp_path / "split", tmp_path / "trained", tmp_path / "lora"

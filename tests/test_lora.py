@@ -15,13 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import PREFIX, SHAPES, distance, factors, moved, product, products, tensors_of, write
+from adapters import (
+    PREFIX,
+    SHAPES,
+    distance,
+    factors,
+    moved,
+    product,
+    products,
+    tensors_of,
+    to_lora,
+    trained_pair,
+    write,
+)
 from checkpoints import digests
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
-from pissa_convert import convert, plan, verify
+from pissa_convert import plan, verify
 from pissa_convert.cli import main
 from pissa_convert.errors import ConversionError, DamageError, RequestError
 
@@ -31,13 +43,7 @@ DYING = str(Path(__file__).parent / "faults" / "dying.py")
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """TRAINED and INIT, of rank 4 at scaling 1."""
-    start = factors(4)
-    return write(tmp_path / "trained", tensors_of(moved(start))), write(tmp_path / "init", tensors_of(start))
-
-
-def to_lora(pair: tuple[Path, Path], dest: Path, **options: Any) -> Any:
-    return convert(pair[0], dest, "lora", init=pair[1], **options)
+    return trained_pair(tmp_path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

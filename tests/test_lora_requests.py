@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import PREFIX, SHAPES, factors, moved, tensors_of, write
+from adapters import PREFIX, SHAPES, factors, tensors_of, to_lora, trained_pair, write
 from checkpoints import digests
 from safetensors.torch import load_file
 
@@ -22,13 +22,7 @@ Q, DOWN = SHAPES
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """TRAINED and INIT, of rank 4 at scaling 1."""
-    start = factors(4)
-    return write(tmp_path / "trained", tensors_of(moved(start))), write(tmp_path / "init", tensors_of(start))
-
-
-def to_lora(pair: tuple[Path, Path], dest: Path, **options: Any) -> Any:
-    return convert(pair[0], dest, "lora", init=pair[1], **options)
+    return trained_pair(tmp_path)
 
 
 def refused(source: Path, init: Path, tmp_path: Path) -> str:

@@ -13,13 +13,13 @@ import numpy as np
 import peft_models
 import pytest
 import torch
-from adapters import lora_for, splits, write
+from adapters import lora_for, splits, to_merged, write
 from checkpoints import DTYPES, digests, llm_like, load_all, raw_header, small_model, write_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from training import fit, load, logits
 
-from pissa_convert import convert, plan, verify
+from pissa_convert import plan, verify
 from pissa_convert.cli import main
 from pissa_convert.errors import DamageError, RequestError
 
@@ -55,10 +55,6 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return write(tmp_path / "adapter", lora_for(small_model()))
-
-
-def to_merged(source: Path, dest: Path, adapter: Path, **options: Any) -> Any:
-    return convert(source, dest, "merged", adapter=adapter, **options)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])

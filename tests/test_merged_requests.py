@@ -5,32 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from adapters import lora_for, splits, write
+from adapters import lora_for, splits, to_merged, write
 from checkpoints import small_model, write_model
 
-from pissa_convert import convert
 from pissa_convert.cli import main
 from pissa_convert.errors import ConversionError, RequestError, WeightError
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    folder = write_model(tmp_path / "in", small_model(), 2)
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# a model\n")
-    return folder
+    return write_model(tmp_path / "in", small_model(), 2)
 
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return write(tmp_path / "adapter", lora_for(small_model()))
-
-
-def to_merged(source: Path, dest: Path, adapter: Path, **options: Any) -> Any:
-    return convert(source, dest, "merged", adapter=adapter, **options)
 
 
 def copied(folder: Path, dest: Path, *without: str) -> Path:
