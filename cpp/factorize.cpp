@@ -60,9 +60,19 @@ struct Schedule {
 // In a small matrix the rounding of X and Y to bf16 does not average out, and there is little to gain.
 constexpr std::size_t kSmallForBf16 = 96;
 
-// The error of rounding to bf16, and what products of rounded columns do not tell from it beside the largest.
+// In one of this size rounding to int8 averages out.
+constexpr std::size_t kSmallForInt8 = 512;
+
+// The error of rounding to bf16.
 constexpr double kRounding = 0x1p-8;
-constexpr double kDrowned = 0x1p-7;
+
+// What is so much shorter than the largest drowns in the rounding of X and Y: by then it has grown by some powers.
+constexpr double kDrowned = 0x1p-4;
+
+// What rounding a weight to int8 costs must be no more of the triplets' energy, and of what they leave; W must be so
+// many times longer in the last's direction than by it; and no choice may hang on so small differences.
+constexpr double kInt8Cost = 5e-4, kInt8CostOfRest = 0.02;
+constexpr double kAboveInt8 = 8, kInt8Rounding = 0x1p-6;
 
 // Share of the energy that a weight's triplets lose by its rounding to bf16, at most.
 constexpr double kFaithful = 2e-5;
@@ -112,34 +122,55 @@ double mean_length_of_last(const Buffer<double>& gram, std::size_t k, std::size_
   return std::sqrt(sum / static_cast<double>(columns));
 }
 
+Factors zeros(ThreadPool& pool, const Weight& weight, std::size_t rank) {
+  Factors none;
+  none.stride = rank;
+  none.left = Buffer<float>(pool.scratch(), weight.rows * rank);
+  none.right = Buffer<float>(pool.scratch(), weight.cols * rank);
+  std::fill(none.left.begin(), none.left.end(), 0.0f);
+  std::fill(none.right.begin(), none.right.end(), 0.0f);
+  none.length.assign(rank, 0.0);
+  none.sigma.assign(rank, 0.0);
+  none.order.assign(rank, 0);
+  return none;
+}
+
+// Whether rounding the weight to int8 has cost the factors too much.
+template <class Element>
+bool too_coarse(const Int8Sweep<Element>& int8, const Factors& factors) {
+  double energy = 0;
+  for (const double sigma : factors.sigma) energy += sigma * sigma;
+  const double cost = int8.cost(factors.left, factors.stride, factors.sigma.size());
+  return cost > kInt8Cost * energy || cost > kInt8CostOfRest * (int8.energy() - energy);
+}
+
+// Whether a copy of the weight in int8 has digits enough, next to its own, and there is something to gain.
+bool suits_int8(const Weight& weight) {
+  return weight.dtype == DType::bf16 && std::min(weight.rows, weight.cols) >= kSmallForInt8;
+}
+
 template <class Element>
 Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRequest& request,
-                         const Schedule& schedule, bool exact, SplitResult& result) {
+                         const Schedule& schedule, bool exact, bool int8, SplitResult& result) {
   const Weight& weight = request.weight;
   const std::size_t rank = request.rank;
   const bool rounded = kIsBf16<Element> && weight.dtype != DType::bf16;
   auto start = Clock::now();
   std::optional<RangeFinder<Element>> finder;
-  finder.emplace(kernels, pool, weight, schedule.block, schedule.max_passes, request.key);
-  const auto start_over = [&] {
+  finder.emplace(kernels, pool, weight, schedule.block, schedule.max_passes, request.key, int8);
+  const auto without_int8 = [&] {
     finder.reset();
-    return factor_by_krylov<float>(kernels, pool, request, schedule, true, result);
+    return factor_by_krylov<Element>(kernels, pool, request, schedule, exact, false, result);
   };
-  if (finder->out_of_range()) return start_over();
+  const auto in_float = [&] {
+    finder.reset();
+    return factor_by_krylov<float>(kernels, pool, request, schedule, true, false, result);
+  };
+  if (finder->out_of_range()) return in_float();
+  int8 = finder->int8() != nullptr;
   result.sweep_seconds += seconds_since(start);
   result.block = schedule.block;
-  if (finder->zero()) {
-    Factors none;
-    none.stride = rank;
-    none.left = Buffer<float>(pool.scratch(), weight.rows * rank);
-    none.right = Buffer<float>(pool.scratch(), weight.cols * rank);
-    std::fill(none.left.begin(), none.left.end(), 0.0f);
-    std::fill(none.right.begin(), none.right.end(), 0.0f);
-    none.length.assign(rank, 0.0);
-    none.sigma.assign(rank, 0.0);
-    none.order.assign(rank, 0);
-    return none;
-  }
+  if (finder->zero()) return zeros(pool, weight, rank);
   const KrylovBasis& basis = finder->basis();
   RitzTriplets ritz;
   std::size_t next = request.passes > 0 ? schedule.max_passes : schedule.first_check;
@@ -153,27 +184,35 @@ Factors factor_by_krylov(const Kernels& kernels, ThreadPool& pool, const SplitRe
     ritz = rayleigh_ritz(kernels, pool, std::move(gram), basis.columns(), rank, schedule.block, exact);
     if (basis.exhausted) ritz.estimated_deficit = 0;
     result.ritz_seconds += seconds_since(start);
-    // A few directions far above all others, or a W of low rank: the others drown in the rounding of what is computed
-    // in bf16, or of sums in float. So does what is of the size of bf16's rounding beyond the basis: further blocks
-    // would be copies of the first, and have to be done by Householder.
-    const bool ends = kIsBf16<Element> && (basis.householder || beyond < kDrowned * ritz.sigma[0]);
-    if (!exact && (ends || ritz.sigma[rank - 1] < kPrecise * ritz.sigma[0])) return start_over();
-    // Where next to nothing is missing, it would be what the rounding loses. Where the singular values are the same but
-    // for its errors, those that it makes larger would be chosen.
-    const bool alike = rank > 1 && ritz.sigma[(rank - 1) / 2] * (1 - kRounding) < ritz.sigma[rank - 1];
-    if (rounded && request.precise && alike) return start_over();
-    if (rounded && ritz.estimated_deficit < kFaithful) return start_over();
+    const double first = ritz.sigma[0], least = ritz.sigma[rank - 1];
+    // A few directions far above all others, or a W of low rank: the others drown in the rounding of X and Y, or of
+    // sums in float. So does what is beyond the basis: further blocks would be copies of the first, and have to be done
+    // by Householder.
+    const bool drowned =
+        (kIsBf16<Element> || int8) && (basis.householder || std::min(beyond, least) < kDrowned * first);
+    if (!exact && (drowned || least < kPrecise * first)) return in_float();
+    // Where the singular values are the same but for the errors of rounding, those that it makes larger are chosen.
+    const auto alike = [&](double rounding) { return rank > 1 && ritz.sigma[(rank - 1) / 2] * (1 - rounding) < least; };
+    if (rounded && request.precise && alike(kRounding)) return in_float();
+    // Where next to nothing is missing, it would be what the rounding loses.
+    if (rounded && ritz.estimated_deficit < kFaithful) return in_float();
+    if (int8) {
+      const double noise = std::ldexp(finder->int8()->noise(), -basis.exponent);
+      if (least < kAboveInt8 * noise || alike(kInt8Rounding)) return without_int8();
+    }
     if (ritz.estimated_deficit <= kTargetDeficit || basis.exhausted || basis.passes == schedule.max_passes) break;
     next = std::min(schedule.max_passes, basis.passes + passes_ahead(basis.passes, ritz));
   }
   start = Clock::now();
-  result.passes = basis.passes;
-  result.householder = basis.householder;
-  result.estimated_deficit = ritz.estimated_deficit;
   // Triplets of a weight that was rounded to bf16 hold the more of it than these digits can tell: what they miss by
   // that is next to nothing, but what they are made of has the weight's own digits.
   const bool precise = rounded && request.precise;
   Factors factors = combine(pool, *finder, ritz, rank, precise);
+  if (int8 && too_coarse(*finder->int8(), factors)) return without_int8();
+  result.passes = basis.passes;
+  result.householder = basis.householder;
+  result.int8 = int8;
+  result.estimated_deficit = ritz.estimated_deficit;
   finder.reset();
   if (precise) factors = in_singular_form(kernels, pool, std::move(factors));
   result.ritz_seconds += seconds_since(start);
@@ -191,9 +230,10 @@ Factors factorize(const Kernels& kernels, ThreadPool& pool, const SplitRequest& 
   const bool bf16 = uses_bf16(kernels, weight);
   const Schedule schedule(weight, request.rank, request.passes, bf16);
   if (!schedule.exact) {
-    return bf16 ? factor_by_krylov<std::uint16_t>(kernels, pool, request, schedule, false, result)
+    const bool int8 = kernels.int8 != nullptr && suits_int8(weight);
+    return bf16 ? factor_by_krylov<std::uint16_t>(kernels, pool, request, schedule, false, int8, result)
                 : factor_by_krylov<float>(kernels, pool, request, schedule,
-                                          weight.dtype == DType::f32 && request.precise, result);
+                                          weight.dtype == DType::f32 && request.precise, int8, result);
   }
   const auto start = Clock::now();
   Factors factors = factor_exactly(kernels, pool, weight, request.rank, request.precise);
@@ -205,9 +245,10 @@ std::size_t factorize_workspace_bytes(const Weight& weight, std::size_t rank, st
   const auto with = [&](const Schedule& schedule) {
     if (schedule.exact) return exact_workspace_bytes(weight, rank, threads);
     const std::size_t columns = schedule.block * schedule.max_passes;
-    return std::max(RangeFinder<float>::workspace_bytes(weight, schedule.block, schedule.max_passes, threads) +
-                        sizeof(double) * 6 * columns * columns,
-                    projection_workspace_bytes(weight, with_spare(rank), threads));
+    return std::max(
+        RangeFinder<float>::workspace_bytes(weight, schedule.block, schedule.max_passes, suits_int8(weight), threads) +
+            sizeof(double) * 6 * columns * columns,
+        projection_workspace_bytes(weight, with_spare(rank), threads));
   };
   return std::max(with(Schedule(weight, rank, passes, false)), with(Schedule(weight, rank, passes, true)));
 }

@@ -256,6 +256,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("passes", &pissa::SplitResult::passes)
       .def_readonly("block", &pissa::SplitResult::block)
       .def_readonly("householder", &pissa::SplitResult::householder)
+      .def_readonly("int8", &pissa::SplitResult::int8)
       .def_readonly("sweep_seconds", &pissa::SplitResult::sweep_seconds)
       .def_readonly("ritz_seconds", &pissa::SplitResult::ritz_seconds)
       .def_readonly("residual_seconds", &pissa::SplitResult::residual_seconds);

@@ -30,7 +30,7 @@ std::size_t stride_for(std::size_t block, std::size_t max_passes) {
 
 template <class Element>
 RangeFinder<Element>::RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t block,
-                                  std::size_t max_passes, std::uint64_t key)
+                                  std::size_t max_passes, std::uint64_t key, bool int8)
     : kernels_(kernels),
       pool_(pool),
       weight_(weight),
@@ -51,6 +51,7 @@ RangeFinder<Element>::RangeFinder(const Kernels& kernels, ThreadPool& pool, cons
     zero_ = largest == 0.0f;
     out_of_range_ = !zero_ && kIsBf16<Element> && weight.dtype == DType::bf16;
     if (zero_ || out_of_range_) return;
+    int8 = false;
     const int magnitude = std::clamp(std::ilogb(largest), -120, 120);
     if (kIsBf16<Element>) {
       basis_.weight_exponent = magnitude;
@@ -60,7 +61,9 @@ RangeFinder<Element>::RangeFinder(const Kernels& kernels, ThreadPool& pool, cons
       norm = std::ldexp(sketch(std::ldexp(1.0f, -magnitude), key), magnitude);
     }
   }
-  if (basis_.weight_exponent == 0 && sweep_.can_read_halves()) {
+  if (int8) {
+    int8_.emplace(kernels, pool, weight, block);
+  } else if (basis_.weight_exponent == 0 && sweep_.can_read_halves()) {
     halves_.emplace(kernels, pool, weight);
     sweep_.read_halves();
   }
@@ -83,12 +86,22 @@ double RangeFinder<Element>::sketch(float magnitude, std::uint64_t key) {
 
 template <class Element>
 void RangeFinder<Element>::advance_to(std::size_t passes, bool last) {
+  if (int8_) {
+    advance_by(*int8_, passes, last);
+  } else {
+    advance_by(sweep_, passes, last);
+  }
+}
+
+template <class Element>
+template <class Products>
+void RangeFinder<Element>::advance_by(Products& products, std::size_t passes, bool last) {
   KrylovBasis& b = basis_;
   const float scale = std::ldexp(1.0f, -b.exponent);
   while (!zero_ && b.passes < passes) {
     if (b.passes > 0) {
       if (!multiplied_) {
-        sweep_.transposed_product(y_.data() + b.columns() - b.block, stride_, b.block, scale, z_.data(), b.block);
+        products.transposed_product(y_.data() + b.columns() - b.block, stride_, b.block, scale, z_.data(), b.block);
       }
       if (!extend()) return;
     }
@@ -97,9 +110,9 @@ void RangeFinder<Element>::advance_to(std::size_t passes, bool last) {
     ++b.passes;
     multiplied_ = b.passes < passes || !last;
     if (multiplied_) {
-      sweep_.power_step(x, stride_, b.block, scale, y, stride_, scale, z_.data());
+      products.power_step(x, stride_, b.block, scale, y, stride_, scale, z_.data());
     } else {
-      sweep_.product(x, stride_, b.block, scale, y, stride_);
+      products.product(x, stride_, b.block, scale, y, stride_);
     }
   }
 }
@@ -170,12 +183,13 @@ Buffer<float> RangeFinder<Element>::combine_x(const std::vector<double>& c, std:
 
 template <class Element>
 std::size_t RangeFinder<Element>::workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes,
-                                                  unsigned threads) {
+                                                  bool int8, unsigned threads) {
   const std::size_t columns = block * max_passes, stride = sizeof(Element) * stride_for(block, max_passes);
   return Scratch::rounded(weight.rows * stride) + Scratch::rounded(weight.cols * stride) +
          2 * Scratch::rounded(sizeof(float) * weight.cols * block) +
          2 * Scratch::rounded(sizeof(double) * columns * columns) +
-         Sweep<Element>::workspace_bytes(weight, block, threads) + Halves::workspace_bytes(weight);
+         Sweep<Element>::workspace_bytes(weight, block, threads) +
+         (int8 ? Int8Sweep<Element>::workspace_bytes(weight, block, threads) : Halves::workspace_bytes(weight));
 }
 
 template class RangeFinder<float>;

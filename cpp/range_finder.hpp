@@ -15,6 +15,7 @@
 
 #include "buffer.hpp"
 #include "halves.hpp"
+#include "int8_sweep.hpp"
 #include "sweep.hpp"
 
 namespace pissa {
@@ -35,10 +36,11 @@ struct KrylovBasis {
 template <class Element>
 class RangeFinder {
  public:
-  // Sketches W. Requires max_passes·block ≤ min(rows, cols), and a block that is a multiple of 16.
+  // Sketches W. Requires max_passes·block ≤ min(rows, cols), and a block that is a multiple of 16. With `int8`, what
+  // follows is done with a copy in bytes.
   // Throws std::domain_error where W holds a value that is not finite.
   RangeFinder(const Kernels& kernels, ThreadPool& pool, const Weight& weight, std::size_t block, std::size_t max_passes,
-              std::uint64_t key);
+              std::uint64_t key, bool int8);
 
   // Passes until there are `passes`, or the basis is exhausted. Wᵀ·Y, which a further pass needs, is computed while W·X
   // is, unless this is expected to be the `last` pass.
@@ -48,6 +50,8 @@ class RangeFinder {
   // W's scale is beyond what bf16 products can take without losing denormals: the finder over float can.
   bool out_of_range() const { return out_of_range_; }
   const KrylovBasis& basis() const { return basis_; }
+  // What W was rounded to, if it was: in W's own units.
+  const Int8Sweep<Element>* int8() const { return int8_ ? &*int8_ : nullptr; }
 
   // YᵀY (k × k, upper triangle valid by blocks), summed in double throughout with `exact`.
   Buffer<double> gram(bool exact);
@@ -56,10 +60,13 @@ class RangeFinder {
   Buffer<float> combine_y(const std::vector<double>& c, std::size_t rank, bool precise) const;
   Buffer<float> combine_x(const std::vector<double>& c, std::size_t rank, bool precise) const;
 
-  static std::size_t workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes, unsigned threads);
+  static std::size_t workspace_bytes(const Weight& weight, std::size_t block, std::size_t max_passes, bool int8,
+                                     unsigned threads);
 
  private:
   double sketch(float magnitude, std::uint64_t key);
+  template <class Products>  // Sweep or Int8Sweep
+  void advance_by(Products& products, std::size_t passes, bool last);
   bool extend();
   Buffer<float> combine(const Buffer<Element>& basis, std::size_t n, const std::vector<double>& c, std::size_t rank,
                         bool precise) const;
@@ -74,6 +81,7 @@ class RangeFinder {
   bool out_of_range_ = false;
   Sweep<Element> sweep_;
   std::optional<Halves> halves_;
+  std::optional<Int8Sweep<Element>> int8_;
   std::size_t stride_;  // of x and y
   Buffer<Element> x_;
   Buffer<Element> y_;

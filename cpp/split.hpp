@@ -35,6 +35,7 @@ struct SplitResult {
   std::size_t passes = 0;  // 0: the exact method of small matrices
   std::size_t block = 0;
   bool householder = false;
+  bool int8 = false;  // the basis was found by products of bytes
   double sweep_seconds = 0, ritz_seconds = 0, residual_seconds = 0;
 };
 

@@ -1,7 +1,6 @@
 #include "sweep.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "packing.hpp"
@@ -12,19 +11,9 @@ namespace {
 // A block of rows stays in a core's second-level cache between its two products, beside the X and Z of so many columns.
 constexpr std::size_t kBesideColumns = 16;
 constexpr std::size_t kMinBlockRows = 32, kGoodBlockRows = 64, kMaxBlockRows = 128;
-// Rows whose part of Z is summed by one task: many blocks, so that adding up the parts is little work.
-constexpr std::size_t kLaneRows = 512;
-constexpr std::size_t kLanes = 8;  // at least, where there is work enough for each
-constexpr std::size_t kLaneElements = 64u << 10;
 // A piece of packed x that stays in the second-level cache while the rows of a block pass over it.
 constexpr std::size_t kXBytes = 256u << 10;
 constexpr std::size_t kMaxWide = 32;  // of any tile
-
-// The parts of Z have as many columns as the products.
-std::size_t min_lanes(const Weight& weight, std::size_t columns) {
-  const std::size_t elements = kLaneElements * std::max<std::size_t>(1, columns / kBesideColumns);
-  return std::clamp<std::size_t>(weight.rows * weight.cols / elements, 1, kLanes);
-}
 
 // Many rows are worth it where half the cache is left to what else passes through. But each block reads and writes all
 // of its part of Z, so that up to a number they are worth it wherever they fit; and where not even few stay in the
@@ -39,18 +28,14 @@ std::size_t choose_block_rows(std::size_t cache, const Weight& weight, std::size
   const std::size_t rows =
       std::max({hopeless ? kGoodBlockRows : kMinBlockRows, std::min(fitting(cache), kGoodBlockRows),
                 std::min(fitting(cache / 2), kMaxBlockRows)});
-  return std::min(rows, round_up(std::max<std::size_t>(weight.rows / min_lanes(weight, columns), 1), kMinBlockRows));
+  return std::min(
+      rows, round_up(std::max<std::size_t>(weight.rows / LaneSums::min_lanes(weight, columns), 1), kMinBlockRows));
 }
 
-std::size_t choose_lane_rows(const Weight& weight, std::size_t block_rows, std::size_t columns) {
-  const std::size_t lanes = min_lanes(weight, columns);
-  const std::size_t rows = std::min((weight.rows + lanes - 1) / lanes, kLaneRows);
-  return round_up(std::max<std::size_t>(rows, 1), block_rows);
-}
-
-// In vectors: left to itself, the compiler adds one by one.
-void add_to(float* __restrict sum, const float* __restrict part, std::size_t count) {
-  for (std::size_t i = 0; i < count; ++i) sum[i] += part[i];
+// All rows from `begin` on, so many at a time.
+template <class Task>
+void for_each_block(std::size_t begin, std::size_t end, std::size_t rows, const Task& task) {
+  for (; begin < end; begin += rows) task(begin, std::min(rows, end - begin));
 }
 
 }  // namespace
@@ -74,13 +59,12 @@ Sweep<Element>::Sweep(const Kernels& kernels, ThreadPool& pool, const Weight& we
       weight_(weight),
       tile_(tile_for<Element>(kernels)),
       block_rows_(choose_block_rows(kernels.cache, weight, sizeof(Element), max_block)),
-      lane_rows_(choose_lane_rows(weight, block_rows_, max_block)),
       steps_((weight.cols + tile_.depth - 1) / tile_.depth),
       direct_(!kIsBf16<Element> || (weight.dtype == DType::bf16 && weight.cols % tile_.wide == 0)),
       row_stride_(direct_ ? weight.cols : round_up(weight.cols, tile_.wide) + 32),
       read_bytes_(direct_ ? size_of(weight.dtype) : sizeof(Element)),
       row_kernels_(kIsBf16<Element> ? RowKernels{tile_.assign, tile_.add_transposed} : kernels.rows(weight.dtype)),
-      part_stride_(round_up(weight.cols, tile_.wide) + 16),  // no power of two: see transposed_tile
+      sums_(pool, weight, block_rows_, max_block, round_up(weight.cols, tile_.wide) + 16),
       packed_x_(pool.scratch(), steps_ * tile_.depth * max_block) {}
 
 template <class Element>
@@ -105,47 +89,13 @@ void Sweep<Element>::read_halves() {
   row_stride_ = 2 * weight_.cols;
 }
 
-// The lane's rows, so many at a time, in their order.
-template <class Element>
-template <class Task>
-void Sweep<Element>::for_each_block(std::size_t index, std::size_t rows, const Task& task) const {
-  const std::size_t stop = std::min(weight_.rows, (index + 1) * lane_rows_);
-  for (std::size_t begin = index * lane_rows_; begin < stop; begin += rows) task(begin, std::min(rows, stop - begin));
-}
-
-// Z's sums are kept transposed, so that a row of W is read as it lies: part_stride_ apart, k rows.
 template <class Element>
 template <class Add>
 void Sweep<Element>::add_up(std::size_t k, float z_scale, float* z, std::size_t z_stride, std::size_t rows,
                             const Add& add) {
-  const std::size_t size = part_stride_ * k;
-  Buffer<float> sum(pool_.scratch(), size);
-  std::atomic<std::size_t> added{0};
-  pool_.run(lanes(), [&](std::size_t index) {
+  sums_.sum(k, z_scale, z, z_stride, [&](std::size_t begin, std::size_t end, float* part) {
     Lane lane(*this, k);
-    Buffer<float> own(pool_.scratch(), index == 0 ? 0 : size);
-    float* part = index == 0 ? sum.data() : own.data();
-    std::memset(part, 0, sizeof(float) * size);
-    for_each_block(index, rows, [&](std::size_t begin, std::size_t count) { add(begin, count, lane, part); });
-    // In their order, which is also that in which tasks are handed out: the one waited for is always at work.
-    wait_until([&] { return added.load(std::memory_order_acquire) == index; });
-    if (index > 0) add_to(sum.data(), part, size);
-    added.store(index + 1, std::memory_order_release);
-  });
-  transpose(sum.data(), k, z_scale, z, z_stride);
-}
-
-template <class Element>
-void Sweep<Element>::transpose(const float* sum, std::size_t k, float scale, float* z, std::size_t z_stride) {
-  constexpr std::size_t kColumns = 256;  // per task
-  pool_.run((weight_.cols + kColumns - 1) / kColumns, [&](std::size_t task) {
-    const std::size_t end = std::min(weight_.cols, (task + 1) * kColumns);
-    for (std::size_t begin = task * kColumns; begin < end; begin += 16) {
-      const std::size_t stop = std::min(end, begin + 16);
-      for (std::size_t c = 0; c < k; ++c) {
-        for (std::size_t j = begin; j < stop; ++j) z[j * z_stride + c] = sum[c * part_stride_ + j] * scale;
-      }
-    }
+    for_each_block(begin, end, rows, [&](std::size_t first, std::size_t count) { add(first, count, lane, part); });
   });
 }
 
@@ -164,11 +114,11 @@ template <class Element>
 void Sweep<Element>::product(const Element* x, std::size_t x_stride, std::size_t k, float x_scale, Element* y,
                              std::size_t y_stride) {
   pack_x(x, x_stride, k, x_scale);
-  pool_.run(lanes(), [&](std::size_t index) {
+  sums_.for_each([&](std::size_t begin, std::size_t end) {
     Lane lane(*this, k);
-    for_each_block(index, block_rows_, [&](std::size_t begin, std::size_t count) {
-      load_rows(begin, count, lane);
-      multiply_rows(begin, count, k, x_scale, lane, y, y_stride);
+    for_each_block(begin, end, block_rows_, [&](std::size_t first, std::size_t count) {
+      load_rows(first, count, lane);
+      multiply_rows(first, count, k, x_scale, lane, y, y_stride);
     });
   });
 }
@@ -186,7 +136,7 @@ template <class Element>
 void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
   // There is but one product, and rows that are read as they lie need no room: as many at once as there are, so that
   // the columns of z are read and written once.
-  const std::size_t at_once = direct_ ? lane_rows_ : block_rows_;
+  const std::size_t at_once = direct_ ? sums_.lane_rows() : block_rows_;
   add_up(k, 1.0f, z, k, at_once, [&](std::size_t begin, std::size_t count, Lane& lane, float* part) {
     load_rows(begin, count, lane);
     for (std::size_t c = 0; c < k; ++c) {
@@ -197,7 +147,7 @@ void Sweep<Element>::sketch(const float* signs, std::size_t k, float* z) {
       for (std::size_t i = 0; i < rows; ++i) factors[i] = to_element<Element>(signs[begin + first + i * k]);
       std::fill(factors + rows, factors + round_up(rows, tile_.depth), Element{0});
       add_columns(factors, 1, lane.rows + first * row_stride_ * read_bytes_, k * row_stride_, rows,
-                  part + c * part_stride_);
+                  part + c * sums_.stride());
     }
   });
 }
@@ -277,7 +227,7 @@ template <class Element>
 void Sweep<Element>::add_columns(const Element* factors, std::size_t k, const char* rows, std::size_t stride,
                                  std::size_t count, float* part) const {
   const std::size_t whole = direct_ ? weight_.cols / tile_.wide * tile_.wide : round_up(weight_.cols, tile_.wide);
-  row_kernels_.add_transposed(factors, k, rows, stride, count, whole, part, part_stride_);
+  row_kernels_.add_transposed(factors, k, rows, stride, count, whole, part, sums_.stride());
   if (whole >= weight_.cols) return;
   // What is left of each row, padded with zeros.
   alignas(64) char rest[kMaxBlockRows * kMaxWide * sizeof(float)] = {};
@@ -285,7 +235,7 @@ void Sweep<Element>::add_columns(const Element* factors, std::size_t k, const ch
     std::memcpy(rest + i * tile_.wide * read_bytes_, rows + (i * stride + whole) * read_bytes_,
                 (weight_.cols - whole) * read_bytes_);
   }
-  row_kernels_.add_transposed(factors, k, rest, tile_.wide, count, tile_.wide, part + whole, part_stride_);
+  row_kernels_.add_transposed(factors, k, rest, tile_.wide, count, tile_.wide, part + whole, sums_.stride());
 }
 
 template class Sweep<float>;

@@ -6,6 +6,7 @@
 
 #include "buffer.hpp"
 #include "kernels/kernels.hpp"
+#include "lane_sums.hpp"
 #include "thread_pool.hpp"
 #include "weight.hpp"
 
@@ -48,8 +49,6 @@ class Sweep {
 
  private:
   struct Lane;  // what one task works with
-  template <class Task>
-  void for_each_block(std::size_t index, std::size_t rows, const Task& task) const;
   // Calls add(first row, rows, lane, part of zᵀ) for all rows, so many at a time.
   template <class Add>
   void add_up(std::size_t k, float z_scale, float* z, std::size_t z_stride, std::size_t rows, const Add& add);
@@ -61,8 +60,6 @@ class Sweep {
                      std::size_t y_stride) const;
   void multiply_columns(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, const Element* y,
                         std::size_t y_stride, float* part) const;
-  std::size_t lanes() const { return (weight_.rows + lane_rows_ - 1) / lane_rows_; }
-  void transpose(const float* sum, std::size_t k, float scale, float* z, std::size_t z_stride);
 
   const Kernels& kernels_;
   ThreadPool& pool_;
@@ -70,13 +67,12 @@ class Sweep {
   float weight_scale_ = 1;
   const Tile& tile_;
   std::size_t block_rows_;
-  std::size_t lane_rows_;
   std::size_t steps_;                    // of a row's dot product
   bool direct_;                          // the weight's rows are read as they lie, by kernels for its dtype
   std::size_t row_stride_, read_bytes_;  // of rows as they are read: in elements, and those of an element
   RowKernels row_kernels_;               // for rows as they are read
-  std::size_t part_stride_;              // of the transposed parts of Z
-  Buffer<Element> packed_x_;             // [group][step][column of the group][depth]
+  LaneSums sums_;
+  Buffer<Element> packed_x_;  // [group][step][column of the group][depth]
 };
 
 }  // namespace pissa

@@ -257,9 +257,10 @@ def test_what_lies_beyond_the_rank_may_be_as_small_as_the_rounding_of_bfloat16(
     left, right = (torch.linalg.qr(torch.randn(576, 576, generator=generator).double())[0] for _ in range(2))
     sigma = torch.cat([torch.logspace(1.9, 0.6, 128), torch.linspace(0.26, 0.001, 448)]).double()
     weight = ((left * sigma) @ right.T).to(dtype)
-    result = split(weight, rank=128, passes=passes)
-    best = float(torch.linalg.svdvals(weight.double())[128:].norm())
-    assert float((weight.double() - result.B.double() @ result.A.double()).norm()) < 1.2 * best
+    best = norm(torch.linalg.svdvals(weight.double())[128:, None])
+    for seed in (0, 17, 33):  # in the latter two, vectors of bfloat16 leave many times as much
+        result = split(weight, rank=128, passes=passes, seed=seed)
+        assert norm(weight.double() - result.B.double() @ result.A.double()) < 1.2 * best
 
 
 @pytest.mark.parametrize(

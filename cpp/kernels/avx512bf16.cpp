@@ -1,5 +1,6 @@
 // AVX-512 with BF16.
 #include "kernels/avx512bf16.hpp"
+#include "kernels/avx512vnni.hpp"
 
 namespace pissa {
 namespace {
@@ -17,6 +18,7 @@ const Kernels kAvx512Bf16 = {"avx512bf16",
                              kRows<From16<DType::f16>>,
                              kRows<From16<DType::bf16>>,
                              &kBf16,
+                             &kInt8,
                              widen,
                              subtract_bf16,
                              max_magnitude,

@@ -38,9 +38,12 @@ std::vector<const Kernels*> available_kernels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
       kernels.push_back(&kAvx512);
-      if (__builtin_cpu_supports("avx512bf16")) {
-        kernels.push_back(&kAvx512Bf16);
-        if (may_use_amx()) kernels.push_back(&kAmxBf16);
+      if (__builtin_cpu_supports("avx512vnni")) {
+        kernels.push_back(&kAvx512Vnni);
+        if (__builtin_cpu_supports("avx512bf16")) {
+          kernels.push_back(&kAvx512Bf16);
+          if (may_use_amx()) kernels.push_back(&kAmxBf16);
+        }
       }
     }
   }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "four_bit.hpp"
+#include "kernels/int8.hpp"
 #include "weight.hpp"
 
 namespace pissa {
@@ -84,6 +85,7 @@ struct Kernels {
   Tile tile_f64;
   RowKernels f32_rows, f16_rows, bf16_rows;
   const Bf16Kernels* bf16;  // null where there is none: 2-byte weights are then widened to float
+  const Int8Kernels* int8;  // null where there is none
 
   const RowKernels& rows(DType dtype) const {
     return dtype == DType::f32 ? f32_rows : dtype == DType::f16 ? f16_rows : bf16_rows;
@@ -120,6 +122,7 @@ extern const Kernels kPortable;
 #if defined(PISSA_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vnni;
 extern const Kernels kAvx512Bf16;
 extern const Kernels kAmxBf16;
 #endif

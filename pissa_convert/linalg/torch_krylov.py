@@ -26,7 +26,7 @@ TARGET_DEFICIT = 2.5e-3
 
 _PRECISE = 2e-2
 """Where σ_r is less of σ₁ than this, products of rounded vectors would cost the last directions accuracy."""
-_DROWNED = 2**-7
+_DROWNED = 2**-4
 """Of σ₁: what products of vectors rounded to bfloat16 do not tell from their rounding."""
 
 _ACCELERATION = 0.9
@@ -114,8 +114,8 @@ class _Krylov:
             found, vectors = self._triplets()
             deficit = 0.0 if self._exhausted else found.estimated_deficit
             # See cpp/factorize.cpp.
-            drowns = found.sigma[rank - 1] < _PRECISE * found.sigma[0]
-            if not self._exact and (drowns or self._ends(found.sigma[0])):
+            first, least = found.sigma[0], found.sigma[rank - 1]
+            if not self._exact and (least < _PRECISE * first or self._drowned(first, least)):
                 return None
             if deficit <= TARGET_DEFICIT or self._exhausted or self._passes >= schedule.max_passes:
                 return self._combine(np.array(found.sigma), vectors, deficit)
@@ -182,15 +182,15 @@ class _Krylov:
         gram = gram.triu() + gram.triu(1).T
         return ritz(gram, self._spec.rank, self._schedule.block, self._exact, self._note)
 
-    def _ends(self, largest: float) -> bool:
-        """Whether what W has beyond the basis, as Y's last block tells, is of the size of bfloat16's rounding."""
+    def _drowned(self, first: float, least: float) -> bool:
+        """Whether the last direction, or what W has beyond the basis, as Y's last block tells, drowns in the rounding."""
         if self._element != torch.bfloat16:
             return False
         if self._x.householder:
             return True
         size = self._passes * self._schedule.block
         squares = self._gram.diagonal()[size - self._schedule.block : size]
-        return math.sqrt(float(squares.mean())) < _DROWNED * largest
+        return min(least, math.sqrt(float(squares.mean()))) < _DROWNED * first
 
     def _combine(self, sigma: Array, vectors: Array, deficit: float) -> Factors:
         """X is orthonormal up to its rounding only: W·(X·v) = σ·u holds, and σ is less by the length of X·v."""
