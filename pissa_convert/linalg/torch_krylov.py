@@ -183,7 +183,7 @@ class _Krylov:
         return ritz(gram, self._spec.rank, self._schedule.block, self._exact, self._note)
 
     def _drowned(self, first: float, least: float) -> bool:
-        """Whether the last direction, or what W has beyond the basis, as Y's last block tells, drowns in the rounding."""
+        """Whether the last direction, or what W has beyond the basis, as Y's last block tells, drowns in rounding."""
         if self._element != torch.bfloat16:
             return False
         if self._x.householder:
