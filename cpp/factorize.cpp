@@ -60,8 +60,9 @@ struct Schedule {
 // In a small matrix the rounding of X and Y to bf16 does not average out, and there is little to gain.
 constexpr std::size_t kSmallForBf16 = 96;
 
-// In one of this size rounding to int8 averages out.
+// In one of this size rounding to int8 averages out; and so large a copy is worth its memory.
 constexpr std::size_t kSmallForInt8 = 512;
+constexpr std::size_t kLargestInt8 = std::size_t{256} << 20;
 
 // The error of rounding to bf16.
 constexpr double kRounding = 0x1p-8;
@@ -146,7 +147,8 @@ bool too_coarse(const Int8Sweep<Element>& int8, const Factors& factors) {
 
 // Whether a copy of the weight in int8 has digits enough, next to its own, and there is something to gain.
 bool suits_int8(const Weight& weight) {
-  return weight.dtype == DType::bf16 && std::min(weight.rows, weight.cols) >= kSmallForInt8;
+  return weight.dtype == DType::bf16 && std::min(weight.rows, weight.cols) >= kSmallForInt8 &&
+         weight.rows * weight.cols <= kLargestInt8;
 }
 
 template <class Element>
