@@ -67,7 +67,8 @@ constexpr std::size_t kLargestInt8 = std::size_t{256} << 20;
 // The error of rounding to bf16.
 constexpr double kRounding = 0x1p-8;
 
-// What is so much shorter than the largest drowns in the rounding of X and Y: by then it has grown by some powers.
+// What is so much shorter than the largest may drown in the rounding of X and Y, which power steps make larger. Vectors
+// of bf16 can be right far below this; but from what they give, it does not show whether they are.
 constexpr double kDrowned = 0x1p-4;
 
 // What rounding a weight to int8 costs must be no more of the triplets' energy, and of what they leave; W must be so

@@ -13,6 +13,9 @@ namespace {
 constexpr std::size_t kBlockRows = kBlockPanels * kPanelRows;
 static_assert(kInt8BlockRows % kBlockRows == 0, "whole blocks of bytes");
 
+// Of what is rounded off: uniform over a step.
+constexpr double kVariance = 1.0 / 12;
+
 std::size_t groups_of(const Weight& weight) { return (weight.cols + kGroupColumns - 1) / kGroupColumns; }
 std::size_t pieces_of(const Weight& weight) { return (weight.cols + kPieceRows - 1) / kPieceRows; }
 std::size_t blocks_of(const Weight& weight) { return (weight.rows + kBlockRows - 1) / kBlockRows; }
@@ -54,8 +57,8 @@ Int8Sweep<Element>::Int8Sweep(const Kernels& kernels, ThreadPool& pool, const We
   });
   double variance = 0;
   for (std::size_t i = 0; i < weight.rows; ++i) {
-    variance += variance_of(i);
-    energy_ += kVariances * variance_of(i) * static_cast<double>(squares[i]);
+    variance += kVariance * squared_scale(i);
+    energy_ += squared_scale(i) * static_cast<double>(squares[i]);
   }
   noise_ = std::sqrt(variance);
 }
@@ -68,7 +71,7 @@ double Int8Sweep<Element>::cost(const Buffer<float>& left, std::size_t stride, s
     for (std::size_t t = 0; t < rank; ++t) {
       squares += static_cast<double>(left[i * stride + t]) * static_cast<double>(left[i * stride + t]);
     }
-    sum += variance_of(i) * squares;
+    sum += kVariance * squared_scale(i) * squares;
   }
   return sum * static_cast<double>(weight_.cols) + noise_ * noise_ * static_cast<double>(rank);
 }

@@ -53,10 +53,8 @@ class Int8Sweep {
                      std::size_t y_stride) const;
   void multiply_columns(std::size_t begin, std::size_t count, std::size_t k, Lane& lane, const Element* y,
                         std::size_t y_stride, float* part) const;
-  // Of a row's rounding errors, which are uniform: its scale's square over kVariances.
-  static constexpr double kVariances = 12;
-  double variance_of(std::size_t row) const {
-    return static_cast<double>(scales_[row]) * static_cast<double>(scales_[row]) / kVariances;
+  double squared_scale(std::size_t row) const {
+    return static_cast<double>(scales_[row]) * static_cast<double>(scales_[row]);
   }
   const std::int8_t* codes_from(std::size_t row) const { return codes_.data() + row * groups_ * kGroupColumns; }
 
