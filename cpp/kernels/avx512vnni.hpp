@@ -96,8 +96,6 @@ inline void add_products(__m512i& sum, __m512i bytes, const std::int8_t* four) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(bytes), "m"(*reinterpret_cast<const std::int32_t*>(four)));
 }
 
-constexpr std::size_t kFetchGroups = 16;  // ahead: a piece
-
 template <std::size_t Panels>
 void multiply_panels(const std::int8_t* codes, std::size_t groups, const std::int32_t* offset, const std::uint8_t* x,
                      const float* scale, bool add, float* sums, std::size_t stride) {
@@ -106,7 +104,7 @@ void multiply_panels(const std::int8_t* codes, std::size_t groups, const std::in
 #pragma GCC unroll 16
   for (std::size_t i = 0; i < kRows; ++i) sum[i] = _mm512_set1_epi32(offset[i]);
   for (std::size_t g = 0; g < groups; ++g, codes += kGroupStride) {
-    fetch<2>(codes + kFetchGroups * kGroupStride, Panels * kGroupBytes);
+    fetch<2>(codes + kPieceGroups * kGroupStride, Panels * kGroupBytes);  // of the next piece
 #pragma GCC unroll 4
     for (std::size_t step = 0; step < 4; ++step, x += kOperandBytes) {
       const __m512i columns = _mm512_loadu_si512(x);

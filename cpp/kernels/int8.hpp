@@ -8,8 +8,8 @@
 
 namespace pissa {
 
-// The weight's rows come in panels of four, these in blocks, and a block as [group of 16 columns][panel][4 columns of
-// 4] [row][column]: 64 bytes to a group and panel, zeros past the last column.
+// The weight's rows come in panels of four, and these in blocks: [group of 16 columns][panel], each 64 bytes, zeros
+// past the last column. These are [four columns][row][column of the four].
 constexpr std::size_t kPanelRows = 4, kBlockPanels = 16, kGroupColumns = 16;
 constexpr std::size_t kGroupBytes = kPanelRows * kGroupColumns, kGroupStride = kBlockPanels * kGroupBytes;
 // X's rows are rounded piece by piece. The bytes of one, and those of the block that they are multiplied with, stay in
