@@ -134,6 +134,20 @@ void check_wide() {
   CHECK(one.residual == other.residual && one.a == other.a && one.b == other.b, "threads change a wide weight");
 }
 
+// Beyond W and the residual, which takes W's place, a split takes (rows + cols)·block·passes floats at most; a copy in
+// int8 is less than a residual beside W would be.
+void check_memory() {
+  const Case c{2048, 3072, 32, 8};
+  TestWeight w(DType::bf16, c.rows, c.cols, 7);
+  std::vector<float> a(c.rank * c.cols), b(c.rank * c.rows);
+  ThreadPool pool(2);
+  const SplitResult result =
+      split(select_kernels(), pool, {w.weight, c.rank, 1.0, false, DType::f32, a.data(), b.data(), c.passes, 42});
+  const std::size_t bound = w.bytes.size() + (c.rows + c.cols) * result.block * result.passes * sizeof(float);
+  CHECK(result.int8 == (select_kernels().int8 != nullptr), "%s: int8 %d", select_kernels().name, result.int8);
+  CHECK(pool.scratch().peak() <= bound, "took %zu bytes of %zu", pool.scratch().peak(), bound);
+}
+
 void check_refusals() {
   for (const std::size_t rows : {20u, 300u}) {  // the exact and the iterative path
     TestWeight w(DType::f32, rows, 280, 7);
@@ -162,6 +176,7 @@ int main() {
     check_correction(c);
   }
   check_wide();
+  check_memory();
   check_refusals();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
