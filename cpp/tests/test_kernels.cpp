@@ -4,53 +4,15 @@
 
 #include "check.hpp"
 #include "halves.hpp"
-#include "int8_sweep.hpp"
 #include "matrices.hpp"
 #include "packing.hpp"
+#include "products.hpp"
 #include "residual.hpp"
 #include "sweep.hpp"
 
 using namespace pissa;
 
 namespace {
-
-struct Shape {
-  std::size_t rows, cols, k, rank;
-};
-
-const Shape kShapes[] = {{1, 1, 16, 1},      {1, 70, 32, 3},     {70, 1, 16, 2},     {2, 2, 48, 8},
-                         {33, 65, 16, 16},   {64, 48, 64, 17},   {65, 129, 32, 32},  {131, 97, 48, 40},
-                         {300, 259, 64, 64}, {259, 300, 16, 16}, {96, 1024, 32, 33}, {1100, 77, 112, 100}};
-const DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
-
-// How far `found` is from `expected`, in units of what may be.
-double excess(double found, double expected, double allowed) { return std::fabs(found - expected) / (allowed + 1e-30); }
-
-// y and z of a power step by `Products`, Sweep or Int8Sweep, on x whose rows, as y's, are `stride` apart. No number of
-// threads changes them, and they are those of the step's halves.
-template <class Products, class Element>
-void power_step(const Kernels& kernels, const TestWeight& w, const std::vector<Element>& x, std::size_t stride,
-                std::size_t k, std::vector<Element>& y, std::vector<float>& z) {
-  y.resize(w.weight.rows * stride);
-  z.resize(w.weight.cols * k);
-  const char* dtype = name_of(w.weight.dtype);
-  for (unsigned threads = 1; threads <= 3; ++threads) {
-    ThreadPool pool(threads);
-    Products products(kernels, pool, w.weight, k);
-    std::vector<Element> other_y(y.size());
-    std::vector<float> other_z(z.size());
-    products.power_step(x.data(), stride, k, 0.5f, other_y.data(), stride, 0.25f, other_z.data());
-    if (threads == 1) {
-      y = other_y;
-      z = other_z;
-    }
-    CHECK(y == other_y && z == other_z, "%s %s: %u threads change it", kernels.name, dtype, threads);
-    std::fill(other_y.begin(), other_y.end(), Element{0});
-    products.product(x.data(), stride, k, 0.5f, other_y.data(), stride);
-    products.transposed_product(other_y.data(), stride, k, 0.25f, other_z.data(), k);
-    CHECK(y == other_y && z == other_z, "%s %s: its halves differ from a power step", kernels.name, dtype);
-  }
-}
 
 template <class Element>
 void check_power_step(const Kernels& kernels, DType dtype, const Shape& s) {
@@ -103,91 +65,6 @@ void check_power_step(const Kernels& kernels, DType dtype, const Shape& s) {
   CHECK(worst_y <= 1 && worst_z <= 1 && worst_sketch <= 1,
         "%s %s %zux%zu k=%zu: Y %g, Z %g and sketch %g of what is allowed", kernels.name, name_of(dtype), s.rows,
         s.cols, s.k, worst_y, worst_z, worst_sketch);
-}
-
-// `count` values, `stride` apart, as a scale times bytes: the multiples, and the scale.
-float to_bytes(const float* values, std::size_t count, std::size_t stride, double* bytes, std::size_t byte_stride) {
-  float largest = 0;
-  for (std::size_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[i * stride]));
-  for (std::size_t i = 0; i < count; ++i) {
-    bytes[i * byte_stride] = largest > 0 ? std::nearbyint(values[i * stride] * (127 / largest)) : 0.0f;
-  }
-  return largest / 127;
-}
-
-template <class Element>
-void check_int8(const Kernels& kernels, DType dtype, const Shape& s) {
-  TestWeight w(dtype, s.rows, s.cols, 1);
-  std::vector<float> values(w.values.begin(), w.values.end());
-  const std::size_t dead_row = s.rows / 2;
-  for (std::size_t j = 0; j < s.cols; ++j) {  // all zeros
-    values[dead_row * s.cols + j] = 0;
-    std::memset(w.bytes.data() + (dead_row * s.cols + j) * size_of(dtype), 0, size_of(dtype));
-  }
-  const std::size_t stride = s.k + 16;
-  std::vector<Element> x(s.cols * stride), y;
-  std::vector<float> wide_x(x.size()), z;
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    x[i] = to_element<Element>(i % stride == 3 ? 0.0f : random_value(2, i));  // and a column of zeros
-    wide_x[i] = to_float(x[i]);
-  }
-  power_step<Int8Sweep<Element>>(kernels, w, x, stride, s.k, y, z);
-  double squares = 0;  // of what rounding W leaves of it
-  std::vector<double> bytes(s.rows * s.cols), x_bytes(s.cols * s.k), y_bytes(s.rows * s.k);
-  std::vector<float> scales(s.rows), y_values(s.rows * s.k);
-  for (std::size_t i = 0; i < s.rows; ++i) {
-    scales[i] = to_bytes(&values[i * s.cols], s.cols, 1, &bytes[i * s.cols], 1);
-    for (std::size_t j = i * s.cols; j < (i + 1) * s.cols; ++j) {
-      const double off = static_cast<double>(values[j]) - static_cast<double>(scales[i]) * bytes[j];
-      squares += off * off;
-    }
-    for (std::size_t c = 0; c < s.k; ++c) y_values[i * s.k + c] = to_float(y[i * stride + c]) * scales[i];
-  }
-  double worst_y = 0, worst_z = 0;
-  for (std::size_t c = 0; c < s.k; ++c) {
-    std::vector<double> x_scales(s.cols), y_scales(s.rows);
-    for (std::size_t j = 0; j < s.cols; j += kPieceRows) {
-      const std::size_t count = std::min(kPieceRows, s.cols - j);
-      const float scale = to_bytes(&wide_x[j * stride + c], count, stride, &x_bytes[j * s.k + c], s.k);
-      std::fill_n(x_scales.begin() + static_cast<std::ptrdiff_t>(j), count, static_cast<double>(scale));
-    }
-    for (std::size_t i = 0; i < s.rows; i += kInt8BlockRows) {
-      const std::size_t count = std::min(kInt8BlockRows, s.rows - i);
-      const float scale = to_bytes(&y_values[i * s.k + c], count, s.k, &y_bytes[i * s.k + c], s.k);
-      std::fill_n(y_scales.begin() + static_cast<std::ptrdiff_t>(i), count, static_cast<double>(scale));
-    }
-    for (std::size_t i = 0; i < s.rows; ++i) {
-      double sum = 0, size = 0;
-      for (std::size_t j = 0; j < s.cols; ++j) {
-        const double term =
-            0.5 * static_cast<double>(scales[i]) * bytes[i * s.cols + j] * x_scales[j] * x_bytes[j * s.k + c];
-        sum += term;
-        size += std::fabs(term);
-      }
-      const double allowed = 1e-6 * size + (kIsBf16<Element> ? 0x1p-8 * std::fabs(sum) : 0);
-      worst_y = std::max(worst_y, excess(to_float(y[i * stride + c]), sum, allowed));
-    }
-    for (std::size_t j = 0; j < s.cols; ++j) {
-      double sum = 0, size = 0;
-      for (std::size_t i = 0; i < s.rows; ++i) {
-        const double term = 0.25 * bytes[i * s.cols + j] * y_scales[i] * y_bytes[i * s.k + c];
-        sum += term;
-        size += std::fabs(term);
-      }
-      worst_z = std::max(worst_z, excess(z[j * s.k + c], sum, 1e-6 * size));
-    }
-  }
-  CHECK(worst_y <= 1 && worst_z <= 1, "%s %s %zux%zu k=%zu: int8's Y %g and Z %g of what is allowed", kernels.name,
-        name_of(dtype), s.rows, s.cols, s.k, worst_y, worst_z);
-  const double noise = std::sqrt(squares / static_cast<double>(s.cols));
-  ThreadPool pool(2);
-  const Int8Sweep<Element> sweep(kernels, pool, w.weight, s.k);
-  CHECK(s.rows * s.cols < 1000 || excess(sweep.noise(), noise, 0.1 * noise) <= 1, "%s %s: noise %g, not %g",
-        kernels.name, name_of(dtype), sweep.noise(), noise);
-  double energy = 0;
-  for (const float value : values) energy += static_cast<double>(value) * static_cast<double>(value);
-  CHECK(excess(sweep.energy(), energy, 1e-5 * energy) <= 1, "%s %s: energy %g, not %g", kernels.name, name_of(dtype),
-        sweep.energy(), energy);
 }
 
 void check_residual(const Kernels& kernels, DType dtype, const Shape& s) {
@@ -352,8 +229,6 @@ int main() {
       for (const Shape& shape : kShapes) {
         check_power_step<float>(*kernels, dtype, shape);
         if (kernels->bf16 != nullptr) check_power_step<std::uint16_t>(*kernels, dtype, shape);
-        if (kernels->int8 != nullptr) check_int8<float>(*kernels, dtype, shape);
-        if (kernels->int8 != nullptr && kernels->bf16 != nullptr) check_int8<std::uint16_t>(*kernels, dtype, shape);
         check_residual(*kernels, dtype, shape);
       }
     }
